@@ -1,0 +1,26 @@
+"""The tokenizer on built-in shapes: two CPU cores, minutes, no download. 32 px, latents 4 × 4 × 8 (the paper's ratio)."""
+data_dir = "shapes"
+image_size = 32
+workers = 1
+patch_size = 4
+downsample = 8
+latent_channels = 8
+encoder = "128/4/4"
+decoder = "128/4/4"
+stc_depth = 2
+lpips_weight = 0.0
+prototypes = 1024
+head_hidden = 256
+global_crop_size = 32
+local_crops = 2
+local_crop_size = 16
+epochs = 3
+batch_size = 32
+warmup_epochs = 0.2
+freeze_prototypes_epochs = 1
+log_every = 50
+save_every = 500
+eval_every = 500
+val_images = 500
+stats_images = 10000
+pca_baseline = True

@@ -1,0 +1,371 @@
+"""Every network with parameters, in the order in which an image meets them.
+
+    Attention, MLP, Block          the transformer, as in ViT (pre-norm)
+    Encoder                        patches -> M blocks -> 2 x 2 tokens become 1 -> the other blocks -> image tokens
+    Bottleneck                     image tokens -> latent: pixel shuffle, then an MLP
+    Decoder                        the mirror image of both
+    TCAE                           the tokenizer: encode(images) -> z, decode(z) -> images
+    IBOTHead, JointTokenizer       what is trained beside it in stage 1, and both together
+
+Images are (B, 3, H, W) in [-1, 1]. A "map" is (B, D, h, w), "tokens" are (B, h * w, D), row by row.
+Sections and tables are those of the paper, arXiv 2604.07340.
+"""
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}  # width, depth (blocks), heads
+
+
+def parse_size(size):
+    """"S", "B", "L" or "width/depth/heads" -> (width, depth, heads). Raises ValueError for anything else."""
+    if size in SIZES:
+        return SIZES[size]
+    numbers = size.split("/")
+    if len(numbers) != 3 or not all(n.isdigit() and int(n) > 0 for n in numbers):
+        raise ValueError(f"{size!r} is neither one of {', '.join(SIZES)} nor width/depth/heads such as 128/4/4")
+    width, depth, heads = map(int, numbers)
+    if width % heads or width % 4:
+        raise ValueError(f"{size!r}: the width must divide by the heads, and by 4 for the position embedding")
+    return width, depth, heads
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The transformer
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over all tokens, (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D / heads)
+        if x.device.type == "cpu":  # in bfloat16 the CPU's backward of attention is several times slower than in float32
+            with torch.autocast("cpu", enabled=False):
+                x = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+        else:
+            x = F.scaled_dot_product_attention(q, k, v)  # softmax(q kᵀ / √(D / heads)) v
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+
+
+class MLP(nn.Module):
+    """Two linear layers with a GELU between, over the last dimension."""
+
+    def __init__(self, inputs, hidden, outputs):
+        super().__init__()
+        self.fc1 = nn.Linear(inputs, hidden)
+        self.fc2 = nn.Linear(hidden, outputs)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)), (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = MLP(width, 4 * width, width)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class MapMLP(MLP):
+    """An MLP over the channels of a map, (B, inputs, h, w) -> (B, outputs, h, w)."""
+
+    def forward(self, map):
+        return super().forward(map.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def init_weights(module):
+    """For `module.apply`: Xavier for the transformer; He for what stands outside a residual branch, where a smaller
+    gain would let the image fade between one position embedding and the next; zero biases."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+    elif isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+    elif isinstance(module, nn.ConvTranspose2d):  # stride 2: an output pixel sees a quarter of the kernel's weights
+        nn.init.normal_(module.weight, std=(8 / module.weight[:, 0].numel()) ** 0.5)
+    elif isinstance(module, MapMLP):  # after its linear layers, since apply() visits children first
+        nn.init.kaiming_normal_(module.fc1.weight, nonlinearity="relu")
+        nn.init.kaiming_normal_(module.fc2.weight, nonlinearity="relu")
+    if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.zeros_(module.bias)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Between pixels, tokens and maps
+
+
+def patchify(images, patch_size):
+    """Images (B, 3, H, W) -> patches (B, H W / p², 3 p²): the pixels of every p × p square in one row."""
+    return F.pixel_unshuffle(images, patch_size).flatten(2).transpose(1, 2)
+
+
+def to_map(tokens, height, width):
+    """(B, h w, D) -> (B, D, h, w)."""
+    return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+
+def to_tokens(map):
+    """(B, D, h, w) -> (B, h w, D)."""
+    return map.flatten(2).transpose(1, 2)
+
+
+def regrid(map, factor):
+    """Pixel shuffle to a grid `factor` times coarser, (B, D, h, w) -> (B, D factor², h / factor, w / factor).
+
+    A factor below 1 (1/2, 1/4, …) shuffles the other way, to a finer grid with fewer channels.
+    """
+    return F.pixel_unshuffle(map, round(factor)) if factor >= 1 else F.pixel_shuffle(map, round(1 / factor))
+
+
+@lru_cache(maxsize=32)
+def position_embedding(height, width, reference, dim, device):
+    """Fixed 2-D sine-cosine position embedding, (height * width, dim), amplitude 1.
+
+    Any grid is laid over the same `reference` × `reference` square, patch centre on patch centre, as iBOT's crops do
+    by interpolating a learned embedding: the top left corner of a local crop has the position of a corner.
+    """
+    def encode(count):
+        position = (torch.arange(count, dtype=torch.float64) + 0.5) * reference / count - 0.5
+        angles = position[:, None] * 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+        return torch.cat([angles.sin(), angles.cos()], dim=1)  # (count, dim / 2)
+
+    rows, columns = encode(height)[:, None].expand(-1, width, -1), encode(width)[None].expand(height, -1, -1)
+    return torch.cat([rows, columns], dim=2).flatten(0, 1).float().to(device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tokenizer (Sec. 3.3, Fig. 5)
+
+
+def compression_layer(width, kind):
+    """2 × 2 tokens -> 1, as maps (B, D, h, w) -> (B, D, h / 2, w / 2); the two rows of Table 8."""
+    if kind == "conv":  # "lightweight two-layer convolution": the stride comes first, so both layers are cheap
+        return nn.Sequential(nn.Conv2d(width, width, 3, stride=2, padding=1), nn.GELU(),
+                             nn.Conv2d(width, width, 3, padding=1))
+    return nn.Sequential(nn.PixelUnshuffle(2), MapMLP(4 * width, width, width))
+
+
+def expansion_layer(width, kind):
+    """1 token -> 2 × 2, the mirror image of `compression_layer`."""
+    if kind == "conv":
+        return nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GELU(),
+                             nn.ConvTranspose2d(width, width, 3, stride=2, padding=1, output_padding=1))
+    return nn.Sequential(MapMLP(width, width, 4 * width), nn.PixelShuffle(2))
+
+
+class Encoder(nn.Module):
+    """Images -> [CLS] token and image tokens, with staged token compression after block M = stc_depth (Sec. 3.3).
+
+    `output_patch` is the side, in pixels, of what one output token stands for: p, or 2 p with a compression layer.
+    """
+
+    def __init__(self, image_size, patch_size, size, stc_depth, compression):
+        super().__init__()
+        width, depth, heads = parse_size(size)
+        self.patch_size, self.width = patch_size, width
+        self.output_patch = patch_size * (2 if stc_depth else 1)
+        self.reference = image_size // patch_size  # the grid that position embeddings are laid over
+        self.patch_embed = nn.Linear(3 * patch_size**2, width)
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.stage1 = nn.Sequential(*[Block(width, heads) for _ in range(stc_depth)])  # on all N tokens
+        self.compress = compression_layer(width, compression) if stc_depth else None
+        self.stage2 = nn.Sequential(*[Block(width, heads) for _ in range(depth - stc_depth)])  # on N / 4
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.apply(init_weights)
+        # pixels in [-1, 1] are small: with this gain a patch starts about as large as the embedding of its position
+        nn.init.normal_(self.patch_embed.weight, std=2 * self.patch_embed.in_features ** -0.5)
+
+    def forward(self, images, mask=None):
+        """Images (B, 3, H, W) with H and W multiples of `output_patch` -> [CLS] (B, D), tokens (B, h w, D).
+
+        `mask` (B, h, w), True where an *output* token is to be hidden: all patches under it become the mask token,
+        so that every output token is wholly hidden or wholly visible.
+        """
+        height, width = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
+        x = self.patch_embed(patchify(images, self.patch_size))  # (B, N, D)
+        if mask is not None:
+            if self.compress:
+                mask = mask.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
+            x = torch.where(mask.flatten(1)[:, :, None], self.mask_token.to(x.dtype), x)
+        x = x + position_embedding(height, width, self.reference, self.width, x.device)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, D)
+        x = self.stage1(x)
+        if self.compress:  # [CLS] goes around the convolution and rejoins the shorter sequence
+            x, cls = to_map(x[:, 1:], height, width), x[:, :1]
+            x = torch.cat([cls, to_tokens(self.compress(x))], dim=1)  # (B, 1 + N / 4, D)
+        x = self.norm(self.stage2(x))
+        return x[:, 0], x[:, 1:]
+
+
+class Bottleneck(nn.Module):
+    """Tokens on a grid -> latent (B, c, H / f, W / f): pixel shuffle to the latent's grid, then an MLP (Sec. 4.1).
+
+    `factor` is latent patch / token patch. It is below 1 where there are fewer tokens than latent positions (p = 64).
+    """
+
+    def __init__(self, width, factor, latent_channels):
+        super().__init__()
+        self.factor = factor
+        self.mlp = MapMLP(int(width * factor**2), width, latent_channels)
+        self.apply(init_weights)
+
+    def forward(self, tokens, height, width):
+        x = regrid(to_map(tokens, height, width), self.factor)  # (B, D factor², H / f, W / f)
+        return self.mlp(x)
+
+
+class Decoder(nn.Module):
+    """Latent (B, c, H / f, W / f) -> images (B, 3, H, W): the encoder and the bottleneck backwards (Sec. 3.5).
+
+    A decoder deeper than the encoder keeps the encoder's share of blocks on the fine grid.
+    """
+
+    def __init__(self, image_size, patch_size, size, stc_fraction, compression, factor, latent_channels):
+        super().__init__()
+        width, depth, heads = parse_size(size)
+        fine = round(stc_fraction * depth)
+        self.patch_size, self.width, self.factor = patch_size, width, factor
+        self.reference = image_size // patch_size
+        self.mlp = MapMLP(latent_channels, width, int(width * factor**2))
+        self.stage2 = nn.Sequential(*[Block(width, heads) for _ in range(depth - fine)])  # on N / 4 tokens
+        self.expand = expansion_layer(width, compression) if stc_fraction else None
+        self.stage1 = nn.Sequential(*[Block(width, heads) for _ in range(fine)])  # on all N
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, 3 * patch_size**2)
+        self.apply(init_weights)
+
+    def forward(self, z):
+        x = regrid(self.mlp(z), 1 / self.factor)  # (B, D, h, w)
+        height, width = x.shape[2:]
+        x = to_tokens(x) + position_embedding(height, width, self.reference, self.width, x.device)
+        x = self.stage2(x)  # (B, h w, D)
+        if self.expand:
+            x = to_tokens(self.expand(to_map(x, height, width)))  # (B, 4 h w, D)
+            height, width = 2 * height, 2 * width
+        x = self.head(self.norm(self.stage1(x)))  # (B, H W / p², 3 p²)
+        return F.pixel_shuffle(to_map(x, height, width), self.patch_size).float()
+
+
+class TCAE(nn.Module):
+    """The tokenizer: encode(images) -> z, decode(z) -> images.
+
+    z (B, c, H / f, W / f) is *already normalised*: `latent_mean` and `latent_std`, (c, 1, 1), are measured at the end
+    of the tokenizer's training and saved with it, so that no later stage can mix the scales up. Until then they are
+    0 and 1.
+
+    image_size: side of the training images, pixels; patch_size p; downsample f; latent_channels c.
+    encoder, decoder: "S", "B", "L" or "width/depth/heads". stc_depth M: 0 = no staged compression.
+    compression: "conv" or "shuffle" (Table 8). Raises ValueError, naming the argument, for sizes that do not fit.
+    """
+
+    def __init__(self, image_size=256, patch_size=8, downsample=32, latent_channels=128, encoder="S", decoder="S",
+                 stc_depth=6, compression="conv"):
+        super().__init__()
+        encoder_width, encoder_depth, _ = parse_size(encoder)
+        decoder_width, _, _ = parse_size(decoder)
+        if stc_depth > encoder_depth:
+            raise ValueError(f"stc_depth={stc_depth}: the encoder has only {encoder_depth} blocks")
+        if compression not in ("conv", "shuffle"):
+            raise ValueError(f"compression={compression!r}: it is 'conv' or 'shuffle'")
+        token_patch = patch_size * (2 if stc_depth else 1)
+        if image_size % token_patch or image_size % downsample:
+            raise ValueError(f"image_size={image_size} must be a multiple of patch_size={patch_size}"
+                             f"{' × 2 (staged compression)' if stc_depth else ''} and of downsample={downsample}")
+        if max(downsample, token_patch) % min(downsample, token_patch):
+            raise ValueError(f"downsample={downsample}: neither a multiple nor a divisor of the {token_patch} pixels "
+                             f"that a token stands for (patch_size={patch_size}, stc_depth={stc_depth})")
+        factor = downsample / token_patch
+        for name, width in ("encoder", encoder_width), ("decoder", decoder_width):
+            if (width * factor**2) % 1:
+                raise ValueError(f"{name}: its width {width} must divide by {round(1 / factor**2)}, "
+                                 f"since patch_size={patch_size} spreads each token over so many latent positions")
+        self.encoder = Encoder(image_size, patch_size, encoder, stc_depth, compression)
+        self.bottleneck = Bottleneck(encoder_width, factor, latent_channels)
+        self.decoder = Decoder(image_size, patch_size, decoder, stc_depth / encoder_depth, compression, factor,
+                               latent_channels)
+        self.register_buffer("latent_mean", torch.zeros(latent_channels, 1, 1))
+        self.register_buffer("latent_std", torch.ones(latent_channels, 1, 1))
+
+    def encode(self, images):
+        """Images (B, 3, H, W) in [-1, 1] -> z (B, c, H / f, W / f), zero mean and unit variance per channel."""
+        _, tokens = self.encoder(images)
+        height, width = images.shape[2] // self.encoder.output_patch, images.shape[3] // self.encoder.output_patch
+        z = self.bottleneck(tokens, height, width).float()
+        return (z - self.latent_mean) / self.latent_std
+
+    def decode(self, z):
+        """z (B, c, H / f, W / f) as `encode` gives it -> images (B, 3, H, W), [-1, 1] but not clipped to it."""
+        return self.decoder(z * self.latent_std + self.latent_mean)
+
+    def forward(self, images):
+        """Reconstruction, (B, 3, H, W) -> (B, 3, H, W)."""
+        return self.decode(self.encode(images))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Joint self-supervision (Sec. 3.4); the losses and the views are in ssl.py
+
+
+class IBOTHead(nn.Module):
+    """Tokens (…, D) -> logits (…, K): MLP, L2 normalisation, cosine with K prototypes; [CLS] and patches share it."""
+
+    def __init__(self, width, hidden=2048, bottleneck=256, prototypes=8192):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
+                                 nn.Linear(hidden, bottleneck))
+        self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck))
+        self.apply(init_weights)
+
+    def forward(self, tokens):
+        x = F.normalize(self.mlp(tokens).float(), dim=-1)
+        return F.linear(x, F.normalize(self.prototypes, dim=-1))
+
+
+def ssl_logits(encoder, head, crops, positions=None, mask=None):
+    """Crops (B, 3, H, W) -> logits of [CLS] (B, K) and of the output tokens at `positions` (P, K), None without them.
+
+    `positions` (P,) are indices into all B h w output tokens. Only masked tokens enter the loss; the head, whose K-wide
+    output is the largest tensor of the step, runs on them alone.
+    """
+    cls, tokens = encoder(crops, mask)
+    if positions is None:
+        return head(cls), None
+    return head(torch.cat([cls, tokens.flatten(0, 1)[positions]])).split([len(cls), len(positions)])
+
+
+class JointTokenizer(nn.Module):
+    """All that stage 1 trains, with one forward for one step, so that DistributedDataParallel sees every gradient."""
+
+    def __init__(self, tcae, head=None):
+        super().__init__()
+        self.tcae, self.head = tcae, head
+        tcae.encoder.mask_token.requires_grad_(head is not None)  # DDP insists that what it trains is used
+
+    def forward(self, images, views=None):
+        """Images (B, 3, H, W) -> their reconstruction, and for `views` (see ssl.by_view) the student's logits:
+        [CLS] of both global crops (2 B, K), masked tokens (P, K), [CLS] of the local crops (L B, K)."""
+        reconstruction = self.tcae(images)
+        if views is None:
+            return reconstruction, None
+        encoder = self.tcae.encoder
+        global_cls, patches = ssl_logits(encoder, self.head, views["global_crops"], views["positions"], views["mask"])
+        local_cls, _ = ssl_logits(encoder, self.head, views["local_crops"])
+        return reconstruction, (global_cls, patches, local_cls)

@@ -1,0 +1,307 @@
+"""What every script needs to start, log, stop and resume. Nothing here is about images.
+
+    configure            the constants of a script, overridden by a config file and by the command line
+    Processes            this process among the others: device, precision, sums over all, SIGTERM
+    save_checkpoint, load_checkpoint, check_resumable
+    Log                  log.jsonl, and the progress bar
+    cosine               the learning rate's schedule (and the teacher's momentum)
+    download             published weights, with a checksum
+"""
+import ast
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def fail(message):
+    """Ends the program with one line on standard error and exit status 1; of several processes only the first speaks."""
+    if int(os.environ.get("RANK", 0)) > 0:
+        raise SystemExit(1)
+    raise SystemExit(f"error: {message}")
+
+
+def check(condition, message):
+    """`fail(message)` unless `condition`: for constants, whose names belong into the message."""
+    if not condition:
+        fail(message)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Constants
+
+
+def configure(script, arguments=None):
+    """Overrides a script's constants: `configure(globals())` at the start of its main().
+
+    A constant is a lower-case name that the script's source assigns a literal at the top level. Files among
+    `arguments` (default: the command line) are Python and override first, in their order; then `--name=value`.
+    Returns all constants as a dict; `script` is changed in place. Unknown names, wrong types and negative numbers end
+    the program with one line; `--help` prints every constant with its comment.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    source = Path(script["__file__"]).read_text()
+    names = [node.targets[0].id for node in ast.parse(source).body
+             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.islower()]
+    if {"-h", "--help"} & set(arguments):
+        print_help(script, source, names)
+        raise SystemExit(0)
+
+    def override(name, value, where):
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            fail(f"{where}: there is no constant {name}" + (f"; did you mean {near[0]}?" if near else " (see --help)"))
+        script[name] = convert(name, value, script[name], where)
+
+    for path in (a for a in arguments if not a.startswith("-")):
+        if not Path(path).is_file():
+            fail(f"there is no config file {path} (constants are given as --name=value)")
+        for name, value in runpy.run_path(path).items():
+            if not name.startswith("_"):
+                override(name, value, path)
+    for argument in (a for a in arguments if a.startswith("-")):
+        match = re.fullmatch(r"--(\w+)=(.*)", argument, re.DOTALL)
+        if not match:
+            fail(f"{argument}: constants are given as --name=value")
+        override(match[1], match[2], "command line")
+    return {name: script[name] for name in names}
+
+
+def convert(name, value, default, where):
+    """`value`, from a config file or as text from the command line, as the type of `default`."""
+    wanted = type(default)
+    if isinstance(value, str):
+        text = value.strip().strip("\"'")
+        try:
+            value = text if wanted is str else ast.literal_eval(text.capitalize() if wanted is bool else text)
+        except (ValueError, SyntaxError):
+            value = text
+    if wanted is int and isinstance(value, float) and value.is_integer():
+        value = int(value)  # 5e4
+    if wanted is float and type(value) is int:
+        value = float(value)
+    if type(value) is not wanted:
+        words = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "a tuple"}
+        fail(f"{where}: {name}={value!r} must be {words[wanted]}, as {default!r} is")
+    if wanted in (int, float) and not 0 <= value < math.inf:
+        fail(f"{where}: {name}={value} must be a finite number, 0 or more")
+    return value
+
+
+def print_help(script, source, names):
+    """The docstring, then every constant with its default and comment, under the source's own headings."""
+    print(script["__doc__"].strip(), "\n\nconstants, as --name=value or in a config file:")
+    for line in source.splitlines():
+        if line.startswith(("def ", "class ", "@")):
+            break
+        if line.startswith("# "):
+            print(f"\n{line[2:]}")
+        elif (match := re.match(r"(\w+) = (.+?)(?:  # (.*))?$", line)) and match[1] in names:
+            print(f"  --{match[1] + '=' + match[2]:<34} {match[3] or ''}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes and devices
+
+
+class Processes:
+    """This process among those that torchrun started, or alone.
+
+    rank, count: which of how many; `first` is rank 0, the one that writes. device: CUDA, MPS or CPU, whichever there is.
+    dtype: torch.bfloat16 for autocast where it pays, else torch.float32. stop: True once SIGTERM has arrived here.
+    """
+
+    def __init__(self, device="auto", dtype="auto", seed=0):
+        import torch
+        self.torch = torch
+        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.first = self.rank == 0
+        self.device = self.pick_device(device)
+        if self.count > 1:  # gloo for what is said on the CPU (stop flags, file names), NCCL for tensors on GPUs
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            torch.distributed.init_process_group(backend)
+        torch.manual_seed(seed)
+        torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
+        check(dtype in ("auto", "bfloat16", "float32"), f"dtype={dtype!r}: it is 'auto', 'bfloat16' or 'float32'")
+        self.dtype = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and self.bf16_pays() else torch.float32
+        self.stop = False
+        signal.signal(signal.SIGTERM, self.on_sigterm)
+        self.print(f"{self.count} process{'es' if self.count > 1 else ''} on {self.device_name()}, "
+                   f"{'bfloat16 autocast' if self.dtype == torch.bfloat16 else 'float32'}")
+
+    def on_sigterm(self, *_):
+        self.stop = True
+
+    def pick_device(self, name):
+        torch = self.torch
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        try:
+            if name == "cuda":
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+                return torch.device("cuda", torch.cuda.current_device())
+            return torch.zeros(0, device=name).device
+        except Exception as error:
+            fail(f"device={name!r} can't be used here: {str(error).splitlines()[0]}")
+
+    def device_name(self):
+        return self.torch.cuda.get_device_name() if self.device.type == "cuda" else \
+            f"{self.device.type.upper()}, {self.torch.get_num_threads()} threads"
+
+    def bf16_pays(self):
+        """Whether bfloat16 is faster: by knowledge on CUDA, by a probe of 20 ms on a CPU. All processes agree."""
+        torch = self.torch
+        if self.device.type != "cpu":
+            return self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+        def seconds(dtype):
+            a, b = torch.randn(2048, 256).to(dtype), torch.randn(256, 512).to(dtype)
+            times = []
+            for _ in range(8):
+                start = time.perf_counter()
+                a @ b
+                times.append(time.perf_counter() - start)
+            return sorted(times)[len(times) // 2]
+
+        votes = self.sum(torch.tensor(float(seconds(torch.bfloat16) < 0.5 * seconds(torch.float32))))
+        return votes.item() == self.count
+
+    def autocast(self):
+        """A context in which matrix products run in `dtype`."""
+        return self.torch.autocast(self.device.type, self.dtype, enabled=self.dtype != self.torch.float32)
+
+    def sum(self, tensor):
+        """The sum of `tensor` over all processes, in place."""
+        if self.count > 1:
+            self.torch.distributed.all_reduce(tensor)
+        return tensor
+
+    def gather(self, items):
+        """The lists `items` of all processes, joined, on every process."""
+        if self.count == 1:
+            return items
+        lists = [None] * self.count
+        self.torch.distributed.all_gather_object(lists, items)
+        return [item for each in lists for item in each]
+
+    def stop_requested(self):
+        """Whether any process was asked to stop; all must call it. On the CPU, so that no GPU is waited for."""
+        return bool(self.sum(self.torch.tensor(float(self.stop))))
+
+    def print(self, *words):
+        if self.first:
+            print(*words, flush=True)
+
+    def wait(self):
+        """Until every process is here."""
+        if self.count > 1:
+            self.torch.distributed.barrier()
+
+    def close(self):
+        if self.count > 1:
+            self.torch.distributed.destroy_process_group()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints and logs
+
+
+def save_checkpoint(path, state):
+    """Writes one file, whole or not at all: to a temporary name first, then renamed."""
+    import torch
+    temporary = Path(f"{path}.tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path, name):
+    """The state in a checkpoint, on the CPU. `name` is the constant that `path` came from, for the messages."""
+    import torch
+    if not Path(path).is_file():
+        fail(f"{name}={path}: there is no such checkpoint")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:
+        fail(f"{name}={path} is not a checkpoint of this project, or it is damaged: {str(error).splitlines()[0]}")
+
+
+def check_resumable(saved, constants, free):
+    """Fails, naming them, if any constant but those in `free` differs from the checkpoint's: the run would be another."""
+    changed = [f"{name} was {saved.get(name)!r}, is {value!r}" for name, value in constants.items()
+               if name not in free and saved.get(name) != value]
+    check(not changed, "resume=True continues a run as it was begun, but " + "; ".join(changed)
+          + ". Give the same values, or another out_dir")
+
+
+def git_revision():
+    """The commit of this code, with a + if files differ from it; "" outside git."""
+    def git(*words):
+        return subprocess.run(["git", "-C", HERE, *words], capture_output=True, text=True).stdout.strip()
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except OSError:  # git is not installed
+        return ""
+
+
+class Log:
+    """log.jsonl: one line per logged step, written by the first process. Lines after `step` are cut off: a run that was
+    killed after its last checkpoint does them again."""
+
+    def __init__(self, path, step):
+        lines = Path(path).read_text().splitlines() if Path(path).exists() else []
+        lines = [line for line in lines if json.loads(line)["step"] <= step]
+        Path(path).write_text("".join(f"{line}\n" for line in lines))
+        self.file = open(path, "a", buffering=1)
+
+    def write(self, **values):
+        self.file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}) + "\n")
+
+
+def check_finite(values, steps, names, path):
+    """Fails at the first NaN or infinity in `values` (steps, terms), naming step and term; `path` is the checkpoint."""
+    for step, row in zip(steps, values.tolist()):
+        for name, value in zip(names, row):
+            check(math.isfinite(value), f"step {step}: {name} is {value}. The last good checkpoint stays in {path}; go on "
+                  "from it with --resume=True, or begin again with a smaller learning_rate")
+
+
+def cosine(step, steps, base, final, warmup=0):
+    """From 0 linearly to `base` over `warmup` steps, then along half a cosine to `final` at step `steps`."""
+    if step < warmup:
+        return base * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return final + (base - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Published weights
+
+
+def download(url, sha256, without):
+    """The path of a file of published weights in torch.hub's cache, fetched once and checked.
+
+    `sha256`: the hexadecimal checksum or its beginning. `without` says which constant does without the file.
+    """
+    import torch
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=True)
+        except Exception as error:
+            fail(f"{path.name} could not be downloaded from {url} ({error}). Put it at {path}, or {without}")
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else \
+            hashlib.sha256(file.read()).hexdigest()
+    check(digest.startswith(sha256), f"{path} is damaged (its checksum is {digest[:16]}…): remove it and start again")
+    return path

@@ -1,0 +1,225 @@
+"""Joint self-supervision with iBOT (Sec. 3.4): views, masks, targets and losses. Nothing here has parameters; the head
+is in model.py.
+
+    MultiCrop           one image -> two global crops with block masks, and local crops
+    by_view             a batch of them -> what JointTokenizer.forward takes
+    IBOTLoss            L_[CLS] + L_MIM, and the centres
+    teacher_*           the schedules of the teacher
+
+The name is taken: `import ssl` anywhere in this project's processes, in urllib or pip or torch.hub, finds this file
+instead of Python's TLS module. So it runs that module's code first, in its own namespace, and *is* the TLS module with
+iBOT on top. For the same reason numpy, Pillow and torch load only when they are used: who wants TLS may not have them.
+"""
+import importlib
+import sysconfig
+from importlib.machinery import PathFinder
+
+_doc = __doc__
+exec(PathFinder.find_spec("ssl", [sysconfig.get_path("stdlib")]).loader.get_code("ssl"))
+__doc__ = _doc
+
+
+class _Later:
+    """A module that is imported at its first use."""
+
+    def __init__(self, name):
+        self._name = name
+
+    def __getattr__(self, attribute):
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+np, torch, F = _Later("numpy"), _Later("torch"), _Later("torch.nn.functional")
+Image, ImageEnhance, ImageFilter, ImageOps = (_Later(f"PIL.{n}") for n in
+                                              ("Image", "ImageEnhance", "ImageFilter", "ImageOps"))
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Views (iBOT's recipe; Appendix A: "the same data augmentation pipelines")
+
+
+def random_resized_crop(image, size, scale, rng):
+    """A random part of the image, `scale` (low, high) of its area, aspect 3/4 to 4/3, resized to size × size and flipped
+    half the time."""
+    width, height = image.size
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
+            break
+    else:  # a very long image: the largest part of its centre with an allowed aspect
+        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+        left, top = (width - w) // 2, (height - h) // 2
+    crop = image.resize((size, size), Image.BICUBIC, box=(left, top, left + w, top + h))
+    return crop.transpose(Image.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop
+
+
+def shift_hue(image, turn):
+    """Hue turned by a fraction of the circle, -0.5 to 0.5."""
+    hue, saturation, value = image.convert("HSV").split()
+    hue = hue.point([(level + int(turn * 255)) % 256 for level in range(256)])
+    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+
+
+def color_jitter(image, rng, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1):
+    """The four changes in random order, each by a random amount."""
+    def enhance(kind, strength):
+        return lambda image: kind(image).enhance(rng.uniform(1 - strength, 1 + strength))
+
+    changes = [enhance(ImageEnhance.Brightness, brightness), enhance(ImageEnhance.Contrast, contrast),
+               enhance(ImageEnhance.Color, saturation), lambda image: shift_hue(image, rng.uniform(-hue, hue))]
+    for k in rng.permutation(4):
+        image = changes[k](image)
+    return image
+
+
+def augment(image, rng, blur, solarize, blur_scale):
+    """Colour jitter, grey, blur with probability `blur`, solarize with probability `solarize`."""
+    if rng.random() < 0.8:
+        image = color_jitter(image, rng)
+    if rng.random() < 0.2:
+        image = image.convert("L").convert("RGB")
+    if rng.random() < blur:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0) * blur_scale))
+    if rng.random() < solarize:
+        image = ImageOps.solarize(image, 128)
+    return image
+
+
+def block_mask(height, width, ratio, rng):
+    """A mask (height, width), True = hidden, made of rectangles until about `ratio` of it is hidden, never more (BEiT).
+
+    Rectangles have an aspect of 0.3 to 1/0.3; the smallest cover (min(height, width) // 3)² tokens where so many are
+    left to hide.
+    """
+    mask, wanted = np.zeros((height, width), bool), ratio * height * width
+    smallest = (min(height, width) // 3) ** 2
+    failures = 0
+    while mask.sum() < wanted and failures < 10:
+        left_to_hide = wanted - mask.sum()
+        area = rng.uniform(smallest, left_to_hide) if smallest < left_to_hide else left_to_hide
+        aspect = np.exp(rng.uniform(np.log(0.3), np.log(1 / 0.3)))
+        h, w = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
+        failures += 1
+        if not (0 < h < height and 0 < w < width):
+            continue
+        top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
+        block = mask[top:top + h, left:left + w]
+        if 0 < block.size - block.sum() <= left_to_hide:
+            block[:] = True
+            failures = 0
+    return mask
+
+
+def random_mask(grid, rng, mean=0.3, spread=0.2):
+    """A block mask (grid, grid) that hides nothing half of the time, else a share uniform in mean ± spread."""
+    return block_mask(grid, grid, rng.uniform(mean - spread, mean + spread) if rng.random() < 0.5 else 0.0, rng)
+
+
+class MultiCrop:
+    """A PIL image and an rng -> {"global_crops": uint8 (2, g, g, 3), "local_crops": uint8 (L, l, l, 3), "mask": bool
+    (2, h, h)}. Masks are drawn on the encoder's output grid, h = global_size / output_patch."""
+
+    def __init__(self, global_size, global_scale, local_size, local_scale, local_crops, output_patch):
+        self.global_size, self.global_scale = global_size, global_scale
+        self.local_size, self.local_scale, self.local_crops = local_size, local_scale, local_crops
+        self.mask_grid = global_size // output_patch
+        self.blur_scale = global_size / 224  # iBOT's radii are meant for 224 px: a small image is blurred less
+
+    def __call__(self, image, rng):
+        def view(size, scale, blur, solarize):
+            crop = random_resized_crop(image, size, scale, rng)
+            return np.asarray(augment(crop, rng, blur, solarize, self.blur_scale))
+
+        local_crops = [view(self.local_size, self.local_scale, 0.5, 0.0) for _ in range(self.local_crops)]
+        return {
+            "global_crops": np.stack([view(self.global_size, self.global_scale, 1.0, 0.0),
+                                      view(self.global_size, self.global_scale, 0.1, 0.2)]),
+            "local_crops": np.array(local_crops, np.uint8).reshape(-1, self.local_size, self.local_size, 3),
+            "mask": np.stack([random_mask(self.mask_grid, rng) for _ in range(2)]),
+        }
+
+
+def by_view(views):
+    """Collated views, the images first -> sorted by view and then by image, ready for JointTokenizer.forward.
+
+    {"global_crops": (2 B, g, g, 3), "local_crops": (L B, l, l, 3), "mask": (2 B, h, h), "positions": (P,) indices of
+    the masked tokens among all 2 B h h, "weights": (P,) what each counts: all masked tokens of one crop share
+    1 / (2 B)}. The positions are found here, in the loading worker, because asking a GPU how many there are would
+    wait for it.
+    """
+    views = {name: batch.transpose(0, 1).flatten(0, 1) for name, batch in views.items()}
+    tokens = views["mask"].flatten(1)  # (2 B, h h)
+    counts = tokens.sum(1)
+    shares = 1 / (counts * len(counts)).clamp(min=1)
+    return {**views, "positions": tokens.flatten().nonzero()[:, 0], "weights": shares.repeat_interleave(counts)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loss (Eq. 4)
+
+
+class IBOTLoss:
+    """Cross-entropy of the student against softmax((teacher - centre) / teacher_temp), for [CLS] between different views
+    and for masked tokens within the same view. Its state are the two centres, (K,) each.
+
+    The centre is a moving average of the teacher's logits over the global batch: subtracting it keeps any prototype
+    from winning every image; the low temperature keeps the output from becoming uniform. For patches the average is
+    over the masked tokens, the only ones whose logits are computed.
+    """
+
+    def __init__(self, prototypes, device, student_temp=0.1, center_momentum=0.9):
+        self.student_temp, self.center_momentum = student_temp, center_momentum
+        self.centers = {"cls": torch.zeros(prototypes, device=device), "patch": torch.zeros(prototypes, device=device)}
+        self.batch_sums = {}
+
+    def __call__(self, student, teacher, weights, teacher_temp):
+        """-> {"cls": L_[CLS], "mim": L_MIM} and, for the log, the entropy of the teacher's outputs (nats).
+
+        student: logits ([CLS] of global crops (2 B, K), masked tokens (P, K), [CLS] of local crops (L B, K)).
+        teacher: logits ([CLS] of global crops (2 B, K), the same masked tokens (P, K)); weights (P,) from by_view.
+        """
+        teacher_cls, teacher_patches = (logits.float() for logits in teacher)
+        for name, logits in ("cls", teacher_cls), ("patch", teacher_patches):
+            total = torch.cat([logits.sum(0), logits.new_full((1,), len(logits))])  # (K + 1,), the last is the count
+            self.batch_sums[name] = self.batch_sums.get(name, 0) + total
+
+        target = ((teacher_cls - self.centers["cls"]) / teacher_temp).softmax(-1).unflatten(0, (2, -1))  # (2, B, K)
+        views = torch.cat([student[0], student[2]]).unflatten(0, (-1, target.shape[1]))  # (2 + L, B, K)
+        log_student = (views.float() / self.student_temp).log_softmax(-1)
+        others = log_student.sum(0) - log_student[:2]  # (2, B, K): for global view q the sum over all v ≠ q
+        pairs = 2 * (len(views) - 1)
+        loss_cls = -(target * others).sum((0, 2)).mean() / pairs
+
+        patch_target = ((teacher_patches - self.centers["patch"]) / teacher_temp).softmax(-1)  # (P, K)
+        log_patches = (student[1].float() / self.student_temp).log_softmax(-1)
+        loss_mim = -(weights[:, None] * patch_target * log_patches).sum()
+
+        mean = target.mean((0, 1))
+        return {"cls": loss_cls, "mim": loss_mim}, \
+            {"teacher_entropy": -(target * target.clamp(min=1e-12).log()).sum(-1).mean(),
+             "batch_entropy": -(mean * mean.clamp(min=1e-12).log()).sum()}
+
+    def update_centers(self, sum_over_processes):
+        """Once per step, after all its micro-batches: centre <- 0.9 centre + 0.1 mean of the global batch."""
+        for name, total in self.batch_sums.items():
+            logits, count = sum_over_processes(total).split([len(total) - 1, 1])
+            mean = torch.where(count > 0, logits / count.clamp(min=1), self.centers[name])  # count 0: nothing masked
+            self.centers[name].lerp_(mean, 1 - self.center_momentum)
+        self.batch_sums = {}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The teacher's schedules; progress is the share of training that is done, 0 to 1
+
+
+def teacher_temperature(progress, warmup, start=0.04, end=0.07):
+    """Linear from `start` to `end` over the first `warmup` of training."""
+    return start + (end - start) * min(1.0, progress / warmup) if warmup else end
+
+
+def update_teacher(teacher, student, momentum):
+    """teacher <- momentum * teacher + (1 - momentum) * student, for two lists of parameters."""
+    with torch.no_grad():
+        torch._foreach_lerp_(teacher, student, 1 - momentum)

@@ -1,0 +1,389 @@
+"""Stage 1: the TC-AE tokenizer, trained jointly with self-supervision (Sec. 3.4 and 3.5).
+
+    python train_tokenizer.py config/shapes_tokenizer.py                      # a laptop, minutes, no data needed
+    torchrun --nproc_per_node=8 train_tokenizer.py --data_dir=imagenet        # the paper's run: p = 8, M = 6
+    python train_tokenizer.py --data_dir=imagenet --out_dir=out/x --resume=True    # goes on where it stopped
+
+L = α L_rec + L_iBOT, L_rec = L1 + λ_p LPIPS (Eq. 5 and 6). The defaults are Table 7's left column.
+Writes out_dir/checkpoint.pt, log.jsonl and reconstructions.png.
+"""
+import copy
+import os
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import runtime
+import ssl  # ours: see its docstring
+from model import IBOTHead, Block, JointTokenizer, TCAE, ssl_logits
+from runtime import check
+
+# Data
+data_dir = ""  # folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or "shapes" for built-in images
+image_size = 256  # side of the reconstructed crop, pixels
+shapes_images = 20000  # how many shapes to train on, with data_dir = "shapes"
+workers = 8  # loading processes per training process; 0 = load in the training process
+
+# Tokenizer
+patch_size = 8  # p, pixels (Table 3: 64, 32, 16, 8)
+downsample = 32  # f: pixels per side of one latent position
+latent_channels = 128  # c (Table 10: 256, Table 11: 32)
+encoder = "S"  # S, B, L or width/depth/heads such as 128/4/4
+decoder = "S"  # the same (Fig. 8)
+stc_depth = 6  # M: the compression layer stands after block M; 0 = no staged compression (Table 6)
+compression = "conv"  # or "shuffle" (Table 8)
+
+# Objective
+alpha = 0.1  # α, weight of the reconstruction (Table 9)
+lpips_weight = 1.0  # λ_p; 0 = no perceptual loss, and no VGG weights needed
+
+# Self-supervision
+ssl_method = "ibot"  # or "none"
+prototypes = 8192  # K, outputs of the head
+head_hidden = 2048  # width of the head's MLP
+global_crop_size = 224  # pixels
+global_crop_scale = (0.25, 1.0)  # share of the image's area
+local_crops = 10  # how many per image
+local_crop_size = 96  # pixels
+local_crop_scale = (0.05, 0.25)  # share of the image's area
+teacher_momentum = 0.996  # rises to 1 along a cosine
+teacher_temp_warmup = 0.0375  # share of training over which τ_t rises from 0.04 to 0.07 (iBOT: 30 of 800 epochs)
+freeze_prototypes_epochs = 1  # epochs in which the head's last layer stays as it is
+
+# Optimisation (Table 7, left)
+epochs = 50
+batch_size = 512  # images per step, over all processes
+accumulate = 1  # micro-batches per step and process: less memory, the same gradient
+learning_rate = 1e-3  # at the end of the warm-up
+min_learning_rate = 1e-6  # at the end
+warmup_epochs = 5.0
+betas = (0.9, 0.95)  # AdamW
+weight_decay = 0.04  # of matrices; biases, norms and tokens have none
+grad_clip = 3.0  # largest norm of the gradient; 0 = any
+
+# The run
+out_dir = "out/tokenizer"
+resume = False  # True: go on from out_dir/checkpoint.pt if there is one
+seed = 0
+device = "auto"  # cuda, mps or cpu
+dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
+compile = True  # torch.compile the transformer blocks, on CUDA
+log_every = 50  # steps
+save_every = 1000  # steps between checkpoints
+eval_every = 1000  # steps between validations, each with a picture
+val_images = 1000  # how many images a validation takes; 0 = all
+stats_images = 50000  # training images that the latents' mean and std are measured on
+pca_baseline = False  # True: at the end print PCA's PSNR with as many values per image; small images only
+
+FREE = {"out_dir", "resume", "device", "workers", "compile", "log_every", "save_every", "eval_every", "val_images",
+        "data_dir"}  # constants that a resumed run may change
+
+
+def check_constants(processes):
+    """What configure() can't know. Each message names the constant and says what to do."""
+    check(ssl_method in ("ibot", "none"), f"ssl_method={ssl_method!r}: it is 'ibot' or 'none'")
+    shares = processes.count * accumulate
+    check(batch_size > 0 and accumulate > 0 and batch_size % shares == 0,
+          f"batch_size={batch_size} must be a multiple of {shares} (processes × accumulate)")
+    for name in "epochs", "log_every", "save_every", "eval_every", "image_size", "patch_size", "downsample", \
+            "latent_channels", "prototypes", "head_hidden", "global_crop_size", "local_crop_size", "stats_images":
+        check(globals()[name] > 0, f"{name}={globals()[name]} must be at least 1")
+    check(teacher_momentum <= 1, f"teacher_momentum={teacher_momentum} must be between 0 and 1")
+    for name in ("global_crop_scale", "local_crop_scale", "betas"):
+        pair = globals()[name]
+        check(len(pair) == 2 and 0 < pair[0] <= pair[1] <= 1, f"{name}={pair} must be two shares, 0 < low <= high <= 1")
+    if ssl_method != "none":
+        unit = patch_size * (2 if stc_depth else 1)
+        for name in ("global_crop_size", "local_crop_size"):
+            size = globals()[name]
+            check(size % unit == 0, f"{name}={size} must be a multiple of {unit} pixels (patch_size={patch_size}"
+                  f"{' × 2 for staged compression' if stc_depth else ''}): {max(1, size // unit) * unit} or "
+                  f"{(size // unit + 1) * unit}")
+
+
+class StepViews:
+    """All views of one image that a step needs: the crop to reconstruct and, with self-supervision, iBOT's."""
+
+    def __init__(self, multi_crop):
+        self.image_size, self.multi_crop = image_size, multi_crop
+
+    def __call__(self, image, rng):
+        views = {"images": data.random_crop(image, self.image_size, rng)}
+        return {**views, **self.multi_crop(image, rng)} if self.multi_crop else views
+
+    def prepare(self, batch):
+        images = batch.pop("images")  # (B, H, W, 3)
+        return {"images": images, **(ssl.by_view(batch) if self.multi_crop else {})}
+
+
+def load_lpips(processes):
+    """The LPIPS network (VGG), frozen: (B, 3, H, W) twice, in [-1, 1] -> (B, 1, 1, 1)."""
+    if processes.first:  # the others then find the file
+        runtime.download("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af",
+                         "do without the perceptual loss: --lpips_weight=0")
+    processes.wait()
+    import lpips
+    return lpips.LPIPS(net="vgg", verbose=False).to(processes.device).requires_grad_(False)
+
+
+def build_tokenizer(constants):
+    """The TCAE that a script's or a checkpoint's constants describe."""
+    names = ("image_size", "patch_size", "downsample", "latent_channels", "encoder", "decoder", "stc_depth", "compression")
+    try:
+        return TCAE(**{name: constants[name] for name in names})
+    except ValueError as error:
+        runtime.fail(error)
+
+
+def build_optimizer(model, on):
+    """AdamW with weight decay on matrices and convolutions alone."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    tokens = {id(model.tcae.encoder.cls_token), id(model.tcae.encoder.mask_token)}
+    decayed = [p for p in trained if p.ndim > 1 and id(p) not in tokens]
+    kept = [p for p in trained if p.ndim <= 1 or id(p) in tokens]
+    return torch.optim.AdamW([{"params": decayed}, {"params": kept, "weight_decay": 0.0}], lr=learning_rate, betas=betas,
+                             weight_decay=weight_decay, fused=on.type in ("cuda", "cpu"))
+
+
+def losses(model, teacher, ibot, perceptual, views, progress, processes):
+    """One micro-batch forward -> the loss and its terms by name (scalars; those for the log alone among them)."""
+    images = views["images"]
+    with processes.autocast():
+        reconstruction, student = model(images, views if ibot else None)
+        if ibot:
+            with torch.no_grad():  # the teacher sees the global crops unmasked
+                target = ssl_logits(teacher["encoder"], teacher["head"], views["global_crops"], views["positions"])
+    terms = {"l1": F.l1_loss(reconstruction, images)}
+    rec = terms["l1"]
+    if perceptual:
+        terms["lpips"] = perceptual(reconstruction, images).mean()
+        rec = rec + lpips_weight * terms["lpips"]
+    loss = alpha * rec  # Eq. 6, then Eq. 5
+    if ibot:
+        temperature = ssl.teacher_temperature(progress, teacher_temp_warmup)
+        ssl_terms, entropies = ibot(student, target, views["weights"], temperature)
+        loss = loss + ssl_terms["cls"] + ssl_terms["mim"]
+        terms.update(ssl_terms, **entropies)
+    return loss, {"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}}
+
+
+@torch.no_grad()
+def validate(tcae, source, bad_files, processes, picture):
+    """Mean PSNR (dB) of centre crops on 8 bits; the first process draws eight originals over their reconstructions."""
+    total, shown, bad = torch.zeros(2, dtype=torch.float64), None, []
+    for pixels, _, names in data.in_order(source, image_size, eval_batch(), processes, images=val_images):
+        with processes.autocast():
+            reconstruction = data.to_uint8(tcae(data.to_float(pixels, processes.device))).cpu()
+        total += torch.tensor([data.psnr(pixels, reconstruction).sum(), len(pixels)], dtype=torch.float64)
+        shown = (pixels[:8], reconstruction[:8]) if shown is None else shown
+        bad += names
+    bad_files.report(processes.gather(bad), processes)
+    if processes.first:
+        data.save_grid(picture, torch.cat(shown), columns=len(shown[0]))
+    total = processes.sum(total)
+    return (total[0] / total[1]).item()
+
+
+@torch.no_grad()
+def measure_latents(tcae, source, bad_files, processes):
+    """Sets latent_mean and latent_std from centre crops of training images, with sums in float64."""
+    tcae.latent_mean.zero_(), tcae.latent_std.fill_(1)
+    sums, bad = torch.zeros(2, latent_channels, dtype=torch.float64), []
+    count = torch.zeros((), dtype=torch.float64)
+    for pixels, _, names in tqdm(data.in_order(source, image_size, eval_batch(), processes, workers, stats_images),
+                                 desc="latent statistics", disable=not processes.first):
+        with processes.autocast():
+            z = tcae.encode(data.to_float(pixels, processes.device)).cpu().double()  # (b, c, h, w)
+        sums += torch.stack([z.sum((0, 2, 3)), (z**2).sum((0, 2, 3))])
+        count += z[:, 0].numel()
+        bad += names
+    bad_files.report(processes.gather(bad), processes)
+    mean, square = processes.sum(sums) / processes.sum(count)
+    tcae.latent_mean.copy_(mean[:, None, None])
+    tcae.latent_std.copy_((square - mean**2).clamp(min=1e-12).sqrt()[:, None, None])
+
+
+def eval_batch():
+    """Images per batch where there is no gradient."""
+    return max(1, min(256, 256**3 // image_size**2))
+
+
+def pca_psnr(train, val, values, processes):
+    """PSNR (dB) of the best linear tokenizer: PCA with `values` numbers per image, fitted on the training images."""
+    def rows(source, images):
+        for pixels, _, _ in data.in_order(source, image_size, eval_batch(), processes, workers, images):
+            yield pixels, data.to_float(pixels, "cpu").flatten(1)
+
+    size = 3 * image_size**2
+    count, total, products = torch.zeros(()), torch.zeros(size), torch.zeros(size, size)
+    for _, x in rows(train, stats_images):
+        count, total, products = count + len(x), total + x.sum(0), products.addmm_(x.T, x)
+    count, total, products = (processes.sum(x).double() for x in (count, total, products))
+    mean = total / count
+    _, vectors = torch.linalg.eigh((products / count - mean[:, None] * mean).float())  # ascending
+    basis, mean = vectors[:, -values:], mean.float()  # (3 H W, values)
+    psnr = torch.zeros(2, dtype=torch.float64)
+    for pixels, x in rows(val, val_images):
+        projected = ((x - mean) @ basis @ basis.T + mean).view(-1, 3, image_size, image_size)
+        psnr += torch.tensor([data.psnr(pixels, data.to_uint8(projected)).sum(), len(x)])
+    psnr = processes.sum(psnr)
+    return (psnr[0] / psnr[1]).item()
+
+
+def main():
+    constants = runtime.configure(globals())
+    path = os.path.join(out_dir, "checkpoint.pt")
+    check(resume or not os.path.exists(path),
+          f"out_dir={out_dir} holds a run already: --resume=True goes on with it, another --out_dir begins a new one")
+    saved = runtime.load_checkpoint(path, "out_dir") if resume and os.path.exists(path) else None
+    if saved:
+        runtime.check_resumable(saved["constants"], constants, FREE)
+    processes = runtime.Processes(device, saved["dtype"] if saved else dtype, seed)
+    check_constants(processes)
+
+    train, val = (data.open_split(data_dir, split, image_size, shapes_images) for split in ("train", "val"))
+    data.check_same_classes(train, val)
+    check(batch_size <= len(train), f"batch_size={batch_size} is more than the {len(train)} training images")
+    steps_per_epoch = len(train) // batch_size
+    steps, warmup_steps = epochs * steps_per_epoch, round(warmup_epochs * steps_per_epoch)
+    processes.print(f"{len(train)} training and {len(val)} validation images, {len(train.classes)} classes; "
+                    f"{steps} steps of {batch_size}")
+
+    on = processes.device
+    tcae = build_tokenizer(constants).to(on)
+    ibot = head = teacher = multi_crop = None
+    if ssl_method == "ibot":
+        head = IBOTHead(tcae.encoder.width, head_hidden, prototypes=prototypes).to(on)
+        teacher = torch.nn.ModuleDict({"encoder": copy.deepcopy(tcae.encoder), "head": copy.deepcopy(head)})
+        teacher.requires_grad_(False)
+        ibot = ssl.IBOTLoss(prototypes, on)
+        multi_crop = ssl.MultiCrop(global_crop_size, global_crop_scale, local_crop_size, local_crop_scale, local_crops,
+                                   tcae.encoder.output_patch)
+    perceptual = load_lpips(processes) if lpips_weight else None
+    model = JointTokenizer(tcae, head)
+    optimizer = build_optimizer(model, on)
+    processes.print(f"parameters: encoder {count_parameters(tcae.encoder, tcae.bottleneck):.1f} M, "
+                    f"decoder {count_parameters(tcae.decoder):.1f} M" + (f", head {count_parameters(head):.1f} M" if head else ""))
+
+    start = 0
+    if saved:
+        start = saved["step"]
+        tcae.load_state_dict(saved["tokenizer"])
+        optimizer.load_state_dict(saved["optimizer"])
+        if ibot:
+            head.load_state_dict(saved["head"])
+            teacher.load_state_dict(saved["teacher"])
+            ibot.centers = {name: center.to(on) for name, center in saved["centers"].items()}
+        processes.print(f"resumed from {path} at step {start}")
+
+    def save(step, finished=False):
+        if processes.first:
+            runtime.save_checkpoint(path, {
+                "kind": "tokenizer", "constants": constants, "dtype": str(processes.dtype).removeprefix("torch."),
+                "revision": runtime.git_revision(), "step": step, "finished": finished,
+                "tokenizer": tcae.state_dict(), "optimizer": optimizer.state_dict(),
+                **({"head": head.state_dict(), "teacher": teacher.state_dict(), "centers": ibot.centers} if ibot else {})})
+
+    if compile and on.type == "cuda":
+        torch._dynamo.config.cache_size_limit = 64  # one version per crop size, with and without gradient
+        for module in [*model.modules(), *(teacher.modules() if teacher else [])]:
+            if isinstance(module, Block):
+                module.compile(dynamic=False)
+    student = [*tcae.encoder.parameters(), *head.parameters()] if ibot else []
+    teachers = [*teacher["encoder"].parameters(), *teacher["head"].parameters()] if ibot else []
+    if processes.count > 1:
+        model = DistributedDataParallel(model, device_ids=[on.index] if on.type == "cuda" else None)
+
+    os.makedirs(out_dir, exist_ok=True)
+    picture = os.path.join(out_dir, "reconstructions.png")
+    log = runtime.Log(os.path.join(out_dir, "log.jsonl"), start) if processes.first else None
+    bad_files = data.BadFiles(train)
+    loader = iter(data.batches(train, StepViews(multi_crop), batch_size, start, steps, seed, processes, accumulate, workers))
+    bar = tqdm(total=steps, initial=start, disable=not processes.first, unit="step", smoothing=0.05)
+    pending, bad, since = [], [], time.perf_counter()  # what the next line of the log will tell
+
+    for step in range(start, steps):
+        # everything random here is decided by (seed, epoch, image); what a fork adds (dropout, …) by (seed, step, rank)
+        torch.manual_seed(hash((seed, step, processes.rank)) % 2**63)
+        lr = runtime.cosine(step, steps, learning_rate, min_learning_rate, warmup_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        step_terms = {}
+        for part in range(accumulate):
+            views, names = next(loader)
+            views = {name: data.to_float(x, on) if x.dtype == torch.uint8 else x.to(on, non_blocking=True)
+                     for name, x in views.items()}
+            if processes.count > 1:
+                model.require_backward_grad_sync = part == accumulate - 1
+            loss, terms = losses(model, teacher, ibot, perceptual, views, step / steps, processes)
+            (loss / accumulate).backward()
+            step_terms = {name: step_terms.get(name, 0) + term / accumulate for name, term in terms.items()}
+            bad += names
+        if ibot and step < freeze_prototypes_epochs * steps_per_epoch:
+            head.prototypes.grad = None
+        step_terms["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf"))
+        optimizer.step()
+        optimizer.zero_grad()
+        if ibot:
+            ibot.update_centers(processes.sum)
+            momentum = runtime.cosine(step, steps, teacher_momentum, 1.0)
+            ssl.update_teacher(teachers, student, momentum)
+        pending.append((step + 1, step_terms))
+        bar.update()
+
+        done, stopping = step + 1, processes.stop_requested()
+        last = done == steps
+        saving = done % save_every == 0 or stopping or last
+        if done % log_every == 0 or saving:  # the only place that waits for the device
+            values = torch.stack([torch.stack(list(terms.values())) for _, terms in pending])
+            values = (processes.sum(values) / processes.count).cpu()
+            runtime.check_finite(values, [s for s, _ in pending], list(step_terms), path)
+            bad_files.report(processes.gather(bad), processes)
+            seconds = time.perf_counter() - since
+            means = dict(zip(step_terms, values.mean(0).tolist()))
+            if processes.first:
+                log.write(step=done, **means, lr=lr, seconds=seconds,
+                          images_per_second=batch_size * len(pending) / seconds)
+            bar.set_postfix({**{name: f"{value:.3f}" for name, value in means.items()},
+                             "img/s": f"{batch_size * len(pending) / seconds:.0f}"})
+            pending, bad = [], []
+            if saving and not last:
+                save(done)
+            if stopping and not last:
+                processes.print(f"\nSIGTERM: saved {path} at step {done}; --resume=True goes on from there")
+                processes.close()
+                return
+            if done % eval_every == 0 and not last:
+                psnr = validate(tcae, val, bad_files, processes, picture)
+                if processes.first:
+                    log.write(step=done, val_psnr=psnr)
+                    bar.write(f"step {done}: validation PSNR {psnr:.2f} dB")
+            since = time.perf_counter()
+    bar.close()
+
+    measure_latents(tcae, train, bad_files, processes)
+    save(steps, finished=True)
+    psnr = validate(tcae, val, bad_files, processes, picture)
+    baseline = ""
+    if pca_baseline:
+        values = latent_channels * (image_size // downsample) ** 2
+        baseline = f" (PCA with the same {values} values per image: {pca_psnr(train, val, values, processes):.2f} dB)"
+    if processes.first:
+        log.write(step=steps, val_psnr=psnr)
+    processes.print(f"wrote {path} and {picture}: step {steps}, validation PSNR {psnr:.2f} dB{baseline}")
+    processes.close()
+
+
+def count_parameters(*modules):
+    """Millions of parameters."""
+    return sum(p.numel() for module in modules for p in module.parameters()) / 1e6
+
+
+if __name__ == "__main__":
+    main()
