@@ -9,6 +9,7 @@
 """
 import math
 import os
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -94,9 +95,9 @@ class Shapes:
 def contrasting_colours(rng):
     """A colour (3 ints) and the two ends of a background ramp, all of whose mixtures differ clearly from the colour."""
     while True:
-        colour, corner_a, corner_b = rng.integers(0, 256, (3, 3))
-        corner_b = (0.6 * corner_a + 0.4 * corner_b)  # a gentle ramp
-        if min(np.abs(colour - corner_a).sum(), np.abs(colour - corner_b).sum()) > 200:
+        colour, corner_a, corner_b = rng.integers(32, 224, (3, 3))
+        corner_b = 0.6 * corner_a + 0.4 * corner_b  # a gentle ramp
+        if min(np.abs(colour - corner_a).sum(), np.abs(colour - corner_b).sum()) > 150:
             return colour.tolist(), corner_a, corner_b
 
 
@@ -180,7 +181,7 @@ def resize_short_side(image, size):
     """Bicubic, so that the shorter side is `size` pixels. Halved with a box filter first while it is twice that, as ADM
     does for evaluation."""
     while min(image.size) >= 2 * size:
-        image = image.reduce(2)
+        image = image.resize([side // 2 for side in image.size], Image.BOX)  # not reduce(2), which rounds up
     scale = size / min(image.size)
     return image.resize([round(side * scale) for side in image.size], Image.BICUBIC)
 
@@ -196,7 +197,7 @@ def random_crop(image, size, rng):
     """The crop that the tokenizer reconstructs: resize, random crop, flip (FACTS: the paper is silent). uint8."""
     image = resize_short_side(image, size)
     left, top = (int(rng.integers(0, side - size + 1)) for side in image.size)
-    pixels = np.asarray(image.crop((left, top, left + size, top + size)))
+    pixels = np.array(image.crop((left, top, left + size, top + size)))
     return pixels[:, ::-1].copy() if rng.random() < 0.5 else pixels
 
 
@@ -312,6 +313,12 @@ def collate_centered(items):
     return pixels, torch.tensor([item[1] for item in good]), sum((item[2] for item in items), [])
 
 
+def ignore_sigterm(_):
+    """For loading workers: schedulers send SIGTERM to every process of a job, and the training process, which saves
+    then, still needs its workers for the step it is in."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def batches(source, transform, batch_size, start, steps, seed, processes, accumulate=1, workers=0):
     """A loader of training batches from step `start` to `steps`: this process's share of each, (views, bad files).
 
@@ -320,6 +327,7 @@ def batches(source, transform, batch_size, start, steps, seed, processes, accumu
     order = Order(len(source), batch_size, start, steps, seed, processes.rank, processes.count, accumulate)
     return torch.utils.data.DataLoader(Augmented(source, transform, seed), batch_sampler=order, num_workers=workers,
                                        collate_fn=partial(collate_views, transform.prepare),
+                                       worker_init_fn=ignore_sigterm,
                                        pin_memory=processes.device.type == "cuda")
 
 

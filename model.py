@@ -6,6 +6,8 @@
     Decoder                        the mirror image of both
     TCAE                           the tokenizer: encode(images) -> z, decode(z) -> images
     IBOTHead, JointTokenizer       what is trained beside it in stage 1, and both together
+    LightningDiT                   the generator, on the tokenizer's latents
+    flow_matching_loss, sample_flow    how it is trained and used, side by side
 
 Images are (B, 3, H, W) in [-1, 1]. A "map" is (B, D, h, w), "tokens" are (B, h * w, D), row by row.
 Sections and tables are those of the paper, arXiv 2604.07340.
@@ -19,16 +21,16 @@ from torch import nn
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}  # width, depth (blocks), heads
 
 
-def parse_size(size):
-    """"S", "B", "L" or "width/depth/heads" -> (width, depth, heads). Raises ValueError for anything else."""
-    if size in SIZES:
-        return SIZES[size]
+def parse_size(name, size, sizes=SIZES):
+    """"S", "B", "L" or "width/depth/heads" -> (width, depth, heads). ValueError for anything else, with the `name`."""
+    if size in sizes:
+        return sizes[size]
     numbers = size.split("/")
     if len(numbers) != 3 or not all(n.isdigit() and int(n) > 0 for n in numbers):
-        raise ValueError(f"{size!r} is neither one of {', '.join(SIZES)} nor width/depth/heads such as 128/4/4")
+        raise ValueError(f"{name}={size!r} is neither one of {', '.join(sizes)} nor width/depth/heads such as 128/4/4")
     width, depth, heads = map(int, numbers)
     if width % heads or width % 4:
-        raise ValueError(f"{size!r}: the width must divide by the heads, and by 4 for the position embedding")
+        raise ValueError(f"{name}={size!r}: the width must divide by the heads, and by 4 for the position embedding")
     return width, depth, heads
 
 
@@ -37,7 +39,7 @@ def parse_size(size):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all tokens, (B, N, D) -> (B, N, D)."""
+    """Multi-head self-attention over all tokens, (B, N, D) -> (B, N, D); `rope` is for the generator."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -45,10 +47,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x):
+    def forward(self, x, rope=None):
         B, N, D = x.shape
         qkv = self.qkv(x).view(B, N, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D / heads)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
         if x.device.type == "cpu":  # in bfloat16 the CPU's backward of attention is several times slower than in float32
             with torch.autocast("cpu", enabled=False):
                 x = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
@@ -178,7 +182,7 @@ class Encoder(nn.Module):
 
     def __init__(self, image_size, patch_size, size, stc_depth, compression):
         super().__init__()
-        width, depth, heads = parse_size(size)
+        width, depth, heads = parse_size("encoder", size)
         self.patch_size, self.width = patch_size, width
         self.output_patch = patch_size * (2 if stc_depth else 1)
         self.reference = image_size // patch_size  # the grid that position embeddings are laid over
@@ -224,7 +228,7 @@ class Bottleneck(nn.Module):
     def __init__(self, width, factor, latent_channels):
         super().__init__()
         self.factor = factor
-        self.mlp = MapMLP(int(width * factor**2), width, latent_channels)
+        self.mlp = MapMLP(round(width * factor**2), width, latent_channels)
         self.apply(init_weights)
 
     def forward(self, tokens, height, width):
@@ -240,17 +244,18 @@ class Decoder(nn.Module):
 
     def __init__(self, image_size, patch_size, size, stc_fraction, compression, factor, latent_channels):
         super().__init__()
-        width, depth, heads = parse_size(size)
+        width, depth, heads = parse_size("decoder", size)
         fine = round(stc_fraction * depth)
         self.patch_size, self.width, self.factor = patch_size, width, factor
         self.reference = image_size // patch_size
-        self.mlp = MapMLP(latent_channels, width, int(width * factor**2))
+        self.mlp = MapMLP(latent_channels, width, round(width * factor**2))
         self.stage2 = nn.Sequential(*[Block(width, heads) for _ in range(depth - fine)])  # on N / 4 tokens
         self.expand = expansion_layer(width, compression) if stc_fraction else None
         self.stage1 = nn.Sequential(*[Block(width, heads) for _ in range(fine)])  # on all N
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, 3 * patch_size**2)
         self.apply(init_weights)
+        nn.init.normal_(self.head.weight, std=0.002)  # the first images are grey, not noise to be unlearned
 
     def forward(self, z):
         x = regrid(self.mlp(z), 1 / self.factor)  # (B, D, h, w)
@@ -279,8 +284,8 @@ class TCAE(nn.Module):
     def __init__(self, image_size=256, patch_size=8, downsample=32, latent_channels=128, encoder="S", decoder="S",
                  stc_depth=6, compression="conv"):
         super().__init__()
-        encoder_width, encoder_depth, _ = parse_size(encoder)
-        decoder_width, _, _ = parse_size(decoder)
+        encoder_width, encoder_depth, _ = parse_size("encoder", encoder)
+        decoder_width, _, _ = parse_size("decoder", decoder)
         if stc_depth > encoder_depth:
             raise ValueError(f"stc_depth={stc_depth}: the encoder has only {encoder_depth} blocks")
         if compression not in ("conv", "shuffle"):
@@ -294,7 +299,7 @@ class TCAE(nn.Module):
                              f"that a token stands for (patch_size={patch_size}, stc_depth={stc_depth})")
         factor = downsample / token_patch
         for name, width in ("encoder", encoder_width), ("decoder", decoder_width):
-            if (width * factor**2) % 1:
+            if width * downsample**2 % token_patch**2:
                 raise ValueError(f"{name}: its width {width} must divide by {round(1 / factor**2)}, "
                                  f"since patch_size={patch_size} spreads each token over so many latent positions")
         self.encoder = Encoder(image_size, patch_size, encoder, stc_depth, compression)
@@ -367,5 +372,161 @@ class JointTokenizer(nn.Module):
             return reconstruction, None
         encoder = self.tcae.encoder
         global_cls, patches = ssl_logits(encoder, self.head, views["global_crops"], views["positions"], views["mask"])
-        local_cls, _ = ssl_logits(encoder, self.head, views["local_crops"])
+        local_crops = views["local_crops"]
+        local_cls = ssl_logits(encoder, self.head, local_crops)[0] if len(local_crops) else global_cls[:0]
         return reconstruction, (global_cls, patches, local_cls)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The generator: LightningDiT in RAE's version (Sec. 4.1)
+
+DIT_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+
+
+@lru_cache(maxsize=8)
+def rope_table(height, width, dim, device):
+    """Cosines and sines of 2-D rotary positions, (2, height * width, dim / 2): half of a head's pairs of numbers turn
+    with the row, the other half with the column."""
+    frequencies = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    rows = (torch.arange(height)[:, None] * frequencies)[:, None].expand(-1, width, -1)
+    columns = (torch.arange(width)[:, None] * frequencies)[None].expand(height, -1, -1)
+    angles = torch.cat([rows, columns], dim=2).flatten(0, 1)  # (N, dim / 2)
+    return torch.stack([angles.cos(), angles.sin()]).float().to(device)  # (2, N, dim / 2)
+
+
+def rotate(x, rope):
+    """Rotary position embedding (B, heads, N, d): every pair (x_k, x_{k + d/2}) turned by its angle. (A q and a k so
+    turned have a product that depends on their distance alone.)"""
+    cos, sin = rope
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    """(W1 x · silu(W2 x)) W3 with 2/3 · 4 · D hidden units: as many parameters as the usual MLP."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.hidden = 2 * 4 * width // 3
+        self.fc1 = nn.Linear(width, 2 * self.hidden)
+        self.fc2 = nn.Linear(self.hidden, width)
+
+    def forward(self, x):
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * value)
+
+
+class Modulated(nn.Module):
+    """RMSNorm whose scale and shift come from the condition: norm(x) (1 + scale) + shift."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+
+    def forward(self, x, shift, scale):
+        return self.norm(x) * (1 + scale) + shift
+
+
+class DiTBlock(nn.Module):
+    """A transformer block steered by the condition (adaLN-Zero: at first every gate is 0 and the block the identity)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1, self.attn = Modulated(width), Attention(width, heads)
+        self.norm2, self.mlp = Modulated(width), SwiGLU(width)
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x, condition, rope):
+        """x (B, N, D), condition (B, D) -> (B, N, D)."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(F.silu(condition))[:, None].chunk(6, dim=-1)
+        x = x + gate1 * self.attn(self.norm1(x, shift1, scale1), rope)
+        return x + gate2 * self.mlp(self.norm2(x, shift2, scale2))
+
+
+class LightningDiT(nn.Module):
+    """Velocity of the flow at z_t: (z_t (B, c, h, w), t (B,) in [0, 1], labels (B,)) -> (B, c, h, w), patch size 1.
+
+    size: "S", "B", "L", "XL" or "width/depth/heads". The label `classes` is the null class of classifier-free guidance.
+    """
+
+    def __init__(self, size, latent_channels, latent_size, classes):
+        super().__init__()
+        width, depth, heads = parse_size("size", size, DIT_SIZES)
+        if width // heads % 4:
+            raise ValueError(f"size={size!r}: each head's width must divide by 4, for the 2-D rotary positions")
+        self.latent_size, self.width, self.head_width, self.null_class = latent_size, width, width // heads, classes
+        self.embed = nn.Linear(latent_channels, width)
+        self.register_buffer("time_frequencies", torch.randn(256))  # Gaussian Fourier features, fixed
+        self.time_mlp = nn.Sequential(nn.Linear(512, width), nn.SiLU(), nn.Linear(width, width))
+        self.class_embed = nn.Embedding(classes + 1, width)
+        self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(depth))
+        self.norm = Modulated(width)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.head = nn.Linear(width, latent_channels)
+        self.apply(init_weights)
+        for layer in self.time_mlp[0], self.time_mlp[2], self.class_embed:
+            nn.init.normal_(layer.weight, std=0.02)
+        for layer in *[block.modulation for block in self.blocks], self.modulation, self.head:
+            nn.init.zeros_(layer.weight)
+
+    def forward(self, z, t, labels):
+        height, width = z.shape[2:]
+        x = self.embed(to_tokens(z))  # (B, h w, D)
+        x = x + position_embedding(height, width, self.latent_size, self.width, z.device)
+        rope = rope_table(height, width, self.head_width, z.device)
+        angles = 2 * torch.pi * t.float()[:, None] * self.time_frequencies  # (B, 256)
+        condition = self.time_mlp(torch.cat([angles.sin(), angles.cos()], dim=1)) + self.class_embed(labels)  # (B, D)
+        for block in self.blocks:
+            x = block(x, condition, rope)
+        shift, scale = self.modulation(F.silu(condition))[:, None].chunk(2, dim=-1)
+        return to_map(self.head(self.norm(x, shift, scale)), height, width).float()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Flow matching: z_t = (1 - t) z + t noise moves along the straight line from data (t = 0) to noise (t = 1)
+
+
+def shift_time(t, latent_shape):
+    """t' = s t / (1 + (s - 1) t), s = √(c h w / 4096): the more numbers a latent has, the more noise it takes to hide
+    it, and the later on the line the interesting times lie. t: tensor; latent_shape (c, h, w)."""
+    c, h, w = latent_shape
+    s = (c * h * w / 4096) ** 0.5
+    return s * t / (1 + (s - 1) * t)
+
+
+def flow_matching_loss(model, z, labels, noise, t):
+    """E ‖v(z_t, t, label) - (noise - z)‖², z_t = (1 - t) z + t noise, per number. z, noise (B, c, h, w); t (B,)."""
+    t_ = t[:, None, None, None]
+    velocity = model((1 - t_) * z + t_ * noise, t, labels)
+    return F.mse_loss(velocity, noise - z)
+
+
+def guided(model, labels, null_class, cfg_scale=1.0, cfg_interval=(0.0, 1.0)):
+    """velocity(z, t) with classifier-free guidance, v_null + cfg_scale (v_class - v_null), for t in the interval, and
+    v_class elsewhere. One call runs both halves of the batch; none is spent where guidance changes nothing."""
+    null = torch.full_like(labels, null_class)
+
+    def velocity(z, t):
+        if cfg_scale == 1 or not cfg_interval[0] <= t <= cfg_interval[1]:
+            return model(z, t.expand(len(z)), labels)
+        both = model(torch.cat([z, z]), t.expand(2 * len(z)), torch.cat([labels, null]))
+        v_class, v_null = both.chunk(2)
+        return v_null + cfg_scale * (v_class - v_null)
+
+    return velocity
+
+
+def sample_flow(velocity, noise, steps, method="euler"):
+    """Follows dz/dt = velocity(z, t) from noise (t = 1) to data (t = 0) in `steps` steps on the shifted grid.
+
+    noise (B, c, h, w). method "euler": one evaluation a step; "heun": two, with an error of second order.
+    """
+    z = noise
+    grid = shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), noise.shape[1:]).float()
+    for t, t_next in zip(grid, grid[1:]):
+        dt = t_next - t  # negative
+        v = velocity(z, t)
+        if method == "heun":
+            v = (v + velocity(z + dt * v, t_next)) / 2
+        z = z + dt * v
+    return z

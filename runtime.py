@@ -93,8 +93,9 @@ def convert(name, value, default, where):
     if type(value) is not wanted:
         words = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "a tuple"}
         fail(f"{where}: {name}={value!r} must be {words[wanted]}, as {default!r} is")
-    if wanted in (int, float) and not 0 <= value < math.inf:
-        fail(f"{where}: {name}={value} must be a finite number, 0 or more")
+    for number in value if wanted is tuple else [value] if wanted in (int, float) else []:
+        check(type(number) in (int, float) and 0 <= number < math.inf,
+              f"{where}: {name}={value} must be {'finite numbers' if wanted is tuple else 'a finite number'}, 0 or more")
     return value
 
 
@@ -259,18 +260,20 @@ class Log:
 
     def __init__(self, path, step):
         lines = Path(path).read_text().splitlines() if Path(path).exists() else []
-        lines = [line for line in lines if json.loads(line)["step"] <= step]
+        lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         Path(path).write_text("".join(f"{line}\n" for line in lines))
         self.file = open(path, "a", buffering=1)
 
     def write(self, **values):
-        self.file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}) + "\n")
+        self.file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}) + "\n")
 
 
-def check_finite(values, steps, names, path):
+def check_finite(values, steps, names, path, bar):
     """Fails at the first NaN or infinity in `values` (steps, terms), naming step and term; `path` is the checkpoint."""
     for step, row in zip(steps, values.tolist()):
         for name, value in zip(names, row):
+            if not math.isfinite(value):
+                bar.close()  # so that the message has a line of its own
             check(math.isfinite(value), f"step {step}: {name} is {value}. The last good checkpoint stays in {path}; go on "
                   "from it with --resume=True, or begin again with a smaller learning_rate")
 

@@ -54,7 +54,7 @@ local_crop_size = 96  # pixels
 local_crop_scale = (0.05, 0.25)  # share of the image's area
 teacher_momentum = 0.996  # rises to 1 along a cosine
 teacher_temp_warmup = 0.0375  # share of training over which τ_t rises from 0.04 to 0.07 (iBOT: 30 of 800 epochs)
-freeze_prototypes_epochs = 1  # epochs in which the head's last layer stays as it is
+freeze_prototypes_epochs = 1.0  # epochs in which the head's last layer stays as it is
 
 # Optimisation (Table 7, left)
 epochs = 50
@@ -88,14 +88,15 @@ FREE = {"out_dir", "resume", "device", "workers", "compile", "log_every", "save_
 def check_constants(processes):
     """What configure() can't know. Each message names the constant and says what to do."""
     check(ssl_method in ("ibot", "none"), f"ssl_method={ssl_method!r}: it is 'ibot' or 'none'")
-    shares = processes.count * accumulate
-    check(batch_size > 0 and accumulate > 0 and batch_size % shares == 0,
-          f"batch_size={batch_size} must be a multiple of {shares} (processes × accumulate)")
-    for name in "epochs", "log_every", "save_every", "eval_every", "image_size", "patch_size", "downsample", \
-            "latent_channels", "prototypes", "head_hidden", "global_crop_size", "local_crop_size", "stats_images":
+    for name in "epochs", "batch_size", "accumulate", "log_every", "save_every", "eval_every", "image_size", "patch_size", \
+            "downsample", "latent_channels", "prototypes", "head_hidden", "global_crop_size", "local_crop_size", \
+            "stats_images", "shapes_images":
         check(globals()[name] > 0, f"{name}={globals()[name]} must be at least 1")
+    shares = processes.count * accumulate
+    check(batch_size % shares == 0, f"batch_size={batch_size} must be a multiple of {shares} (processes × accumulate)")
     check(teacher_momentum <= 1, f"teacher_momentum={teacher_momentum} must be between 0 and 1")
-    for name in ("global_crop_scale", "local_crop_scale", "betas"):
+    check(len(betas) == 2 and max(betas) < 1, f"betas={betas} must be two numbers, each at least 0 and below 1")
+    for name in ("global_crop_scale", "local_crop_scale"):
         pair = globals()[name]
         check(len(pair) == 2 and 0 < pair[0] <= pair[1] <= 1, f"{name}={pair} must be two shares, 0 < low <= high <= 1")
     if ssl_method != "none":
@@ -178,13 +179,15 @@ def validate(tcae, source, bad_files, processes, picture):
     """Mean PSNR (dB) of centre crops on 8 bits; the first process draws eight originals over their reconstructions."""
     total, shown, bad = torch.zeros(2, dtype=torch.float64), None, []
     for pixels, _, names in data.in_order(source, image_size, eval_batch(), processes, images=val_images):
+        bad += names
+        if not len(pixels):  # no file of this batch could be decoded
+            continue
         with processes.autocast():
             reconstruction = data.to_uint8(tcae(data.to_float(pixels, processes.device))).cpu()
         total += torch.tensor([data.psnr(pixels, reconstruction).sum(), len(pixels)], dtype=torch.float64)
         shown = (pixels[:8], reconstruction[:8]) if shown is None else shown
-        bad += names
     bad_files.report(processes.gather(bad), processes)
-    if processes.first:
+    if processes.first and shown:
         data.save_grid(picture, torch.cat(shown), columns=len(shown[0]))
     total = processes.sum(total)
     return (total[0] / total[1]).item()
@@ -198,11 +201,13 @@ def measure_latents(tcae, source, bad_files, processes):
     count = torch.zeros((), dtype=torch.float64)
     for pixels, _, names in tqdm(data.in_order(source, image_size, eval_batch(), processes, workers, stats_images),
                                  desc="latent statistics", disable=not processes.first):
+        bad += names
+        if not len(pixels):
+            continue
         with processes.autocast():
             z = tcae.encode(data.to_float(pixels, processes.device)).cpu().double()  # (b, c, h, w)
         sums += torch.stack([z.sum((0, 2, 3)), (z**2).sum((0, 2, 3))])
         count += z[:, 0].numel()
-        bad += names
     bad_files.report(processes.gather(bad), processes)
     mean, square = processes.sum(sums) / processes.sum(count)
     tcae.latent_mean.copy_(mean[:, None, None])
@@ -218,7 +223,8 @@ def pca_psnr(train, val, values, processes):
     """PSNR (dB) of the best linear tokenizer: PCA with `values` numbers per image, fitted on the training images."""
     def rows(source, images):
         for pixels, _, _ in data.in_order(source, image_size, eval_batch(), processes, workers, images):
-            yield pixels, data.to_float(pixels, "cpu").flatten(1)
+            if len(pixels):
+                yield pixels, data.to_float(pixels, "cpu").flatten(1)
 
     size = 3 * image_size**2
     count, total, products = torch.zeros(()), torch.zeros(size), torch.zeros(size, size)
@@ -339,11 +345,11 @@ def main():
 
         done, stopping = step + 1, processes.stop_requested()
         last = done == steps
-        saving = done % save_every == 0 or stopping or last
-        if done % log_every == 0 or saving:  # the only place that waits for the device
+        saving, evaluating = done % save_every == 0 or stopping or last, done % eval_every == 0 and not last
+        if done % log_every == 0 or saving or evaluating:  # the only place that waits for the device
             values = torch.stack([torch.stack(list(terms.values())) for _, terms in pending])
             values = (processes.sum(values) / processes.count).cpu()
-            runtime.check_finite(values, [s for s, _ in pending], list(step_terms), path)
+            runtime.check_finite(values, [s for s, _ in pending], list(step_terms), path, bar)
             bad_files.report(processes.gather(bad), processes)
             seconds = time.perf_counter() - since
             means = dict(zip(step_terms, values.mean(0).tolist()))
@@ -359,7 +365,7 @@ def main():
                 processes.print(f"\nSIGTERM: saved {path} at step {done}; --resume=True goes on from there")
                 processes.close()
                 return
-            if done % eval_every == 0 and not last:
+            if evaluating:
                 psnr = validate(tcae, val, bad_files, processes, picture)
                 if processes.first:
                     log.write(step=done, val_psnr=psnr)

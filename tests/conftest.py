@@ -1,0 +1,38 @@
+"""For all tests: our modules first on the path, one thread, and a way to run the scripts as a user does."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+# pytest or a plugin may have imported Python's ssl before this folder came first; the tests must find the project's
+if Path(getattr(sys.modules.get("ssl"), "__file__", "")) != ROOT / "ssl.py":
+    sys.modules.pop("ssl", None)
+
+import ssl  # noqa: E402
+import torch  # noqa: E402
+
+assert Path(ssl.__file__) == ROOT / "ssl.py"
+torch.set_num_threads(1)
+
+
+def clean_environment(**more):
+    """The environment of a process that knows nothing of this one: single-threaded, no launcher's variables."""
+    dropped = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH"}
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    return {**kept, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in more.items()}}
+
+
+def python(*arguments, cwd=ROOT, ok=True, timeout=120, **environment):
+    """`python ARGUMENTS` from the project's folder -> CompletedProcess with text; `ok` asserts exit status 0."""
+    result = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=clean_environment(**environment),
+                            capture_output=True, text=True, timeout=timeout)
+    assert not ok or result.returncode == 0, f"{arguments}: {result.returncode}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+def run_script(*arguments, nproc=1, ok=True, **environment):
+    """A script with its arguments, alone or under torchrun with `nproc` processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
+    return python(*launcher, *arguments, ok=ok, **environment)

@@ -1,0 +1,341 @@
+"""Images in: what is on disk becomes the right RGB, every fault is one clear line, every step has its own images."""
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio
+
+import data
+import ssl
+from train_tokenizer import StepViews
+
+
+def process(rank=0, count=1):
+    """A process among others, without torch.distributed; what it prints is in `lines`."""
+    lines = []
+    return SimpleNamespace(rank=rank, count=count, first=rank == 0, device=torch.device("cpu"), lines=lines,
+                           print=lambda *words: lines.append(" ".join(words)), gather=lambda items: items,
+                           sum=lambda tensor: tensor)
+
+
+def failure(call, *arguments):
+    """The one line with which a call ends the program."""
+    with pytest.raises(SystemExit) as error:
+        call(*arguments)
+    message = str(error.value)
+    assert message.startswith("error: ") and "\n" not in message
+    return message
+
+
+def photo(width, height, seed=0):
+    """Smooth noise with some detail, RGB."""
+    small = np.random.default_rng(seed).integers(0, 256, (height // 6 + 2, width // 6 + 2, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.BICUBIC)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The built-in shapes
+
+
+def test_shapes_are_drawn_from_the_index_alone():
+    """Any process, in any order, at any time: the same image; another split or index: another image."""
+    source = data.Shapes("train", 40, 32)
+    images = [np.asarray(source.load(i)) for i in range(40)]
+    again = data.Shapes("train", 40, 32)
+    assert all(np.array_equal(images[i], np.asarray(again.load(i))) for i in (39, 0, 17))
+    val = [np.asarray(data.Shapes("val", 40, 32).load(i)) for i in range(40)]
+    assert len({image.tobytes() for image in images + val}) == 80, "no image is in both splits, none is there twice"
+    assert {image.shape for image in images} == {(32, 32, 3)}
+
+
+def test_shapes_are_balanced_and_labelled():
+    """At least ten classes, each as often as any other, in both splits."""
+    for split in "train", "val":
+        source = data.Shapes(split, 600, 16)
+        assert len(source) == len(source.labels) == 600 and len(source.classes) >= 10
+        assert np.bincount(source.labels).tolist() == [600 // len(source.classes)] * len(source.classes)
+
+
+def test_classes_are_told_apart_by_shape_alone():
+    """Same colour, place, size and angle: every pair of stencils differs, beyond a turn that would make them equal."""
+    stencils = []
+    for name in data.Shapes.classes:
+        stencil = np.asarray(data.draw_shape(name, 128, (0.5, 0.5), 0.35, 0.3)) > 127
+        assert 0.03 < stencil.mean() < 0.5 and not stencil[0].any() and not stencil[:, 0].any()
+        centre = np.hypot(*(np.mgrid[:128, :128] - 63.5))
+        stencils.append(np.array([stencil[(centre >= r) & (centre < r + 8)].mean() for r in range(0, 48, 8)]))  # radial
+    for i in range(len(stencils)):
+        for j in range(i):
+            assert np.abs(stencils[i] - stencils[j]).max() > 0.03, (data.Shapes.classes[i], data.Shapes.classes[j])
+
+
+def test_shapes_stand_out_from_their_background():
+    """Colour, place and background vary, and the shape can be seen: otherwise a class is not in the image."""
+    images = np.stack([np.asarray(data.Shapes("train", 100, 32).load(i), float) for i in range(100)])
+    corners = images[:, [0, 0, -1, -1], [0, -1, 0, -1]].mean(1)  # (100, 3), the background
+    assert np.abs(images - corners[:, None, None]).sum(-1).max((1, 2)).min() > 80
+    assert corners.std(0).min() > 30
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Folders
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """train/ and val/ with two classes of two images each."""
+    for split in "train", "val":
+        for k, name in enumerate(("cat", "dog")):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(2):
+                photo(20, 24, seed=10 * k + i).save(tmp_path / split / name / f"{i}.png")
+    return tmp_path
+
+
+def test_images_of_every_kind_become_rgb_of_the_right_colour(tmp_path):
+    """ImageNet itself holds grey and CMYK JPEGs and a PNG; others' folders hold the rest. Transparent becomes white."""
+    orange = (200, 120, 40)
+    expected = {}
+
+    def add(name, image, rgb, **options):
+        (tmp_path / "class").mkdir(exist_ok=True)
+        image.save(tmp_path / "class" / name, **options)
+        expected[name] = rgb
+
+    rgb = Image.new("RGB", (16, 16), orange)
+    add("rgb.png", rgb, orange)
+    add("rgb.JPEG", rgb, orange, quality=95)
+    add("rgb.webp", rgb, orange, lossless=True)
+    add("grey.jpg", Image.new("L", (16, 16), 90), (90, 90, 90), quality=95)
+    add("grey.png", Image.new("L", (16, 16), 90), (90, 90, 90))
+    add("black-and-white.png", Image.new("1", (16, 16), 1), (255, 255, 255))
+    add("cmyk.jpg", rgb.convert("CMYK"), orange, quality=95)
+    add("palette.png", rgb.convert("P", palette=Image.ADAPTIVE), orange)
+    add("alpha.png", Image.new("RGBA", (16, 16), orange + (255,)), orange)
+    add("half.png", Image.new("RGBA", (16, 16), orange + (128,)), tuple((c * 128 + 255 * 127) / 255 for c in orange))
+    add("clear.webp", Image.new("RGBA", (16, 16), (0, 0, 0, 0)), (255, 255, 255), lossless=True)
+    add("grey-alpha.png", Image.new("LA", (16, 16), (90, 0)), (255, 255, 255))
+    palette = Image.new("P", (16, 16), 1)
+    palette.putpalette([0, 0, 0, *orange])
+    add("palette-clear.png", palette, (255, 255, 255), transparency=1)
+    palette = palette.copy()
+    add("palette-opaque.png", palette, orange, transparency=0)
+    add("grey16.png", Image.fromarray(np.full((16, 16), 90 * 256 + 17, np.uint16)), (90, 90, 90))
+    add("white16.png", Image.fromarray(np.full((16, 16), 65535, np.uint16)), (255, 255, 255))
+    (tmp_path / "class" / "notes.txt").write_text("not an image")
+
+    source = data.ImageFolder(tmp_path)
+    assert len(source) == len(expected), "every image is found, whatever the case of its extension; other files are not"
+    for i in range(len(source)):
+        name, image = source.name(i).rsplit("/", 1)[1], source.load(i)
+        assert image.mode == "RGB" and image.size == (16, 16)
+        difference = np.abs(np.asarray(image, float) - np.array(expected[name])).max()
+        assert difference <= (4 if name.lower().endswith(("jpg", "jpeg")) else 1), name
+
+
+def test_classes_are_the_folders_in_alphabetical_order(folder):
+    """As in torchvision and everywhere else, so that labels mean the same; images may lie deeper."""
+    (folder / "train" / "ant" / "deep" / "er").mkdir(parents=True)
+    photo(8, 8).save(folder / "train" / "ant" / "deep" / "er" / "x.png")
+    source = data.open_split(folder, "train", 32, 0)
+    assert source.classes == ["ant", "cat", "dog"] and source.labels == [0, 1, 1, 2, 2]
+
+
+def test_validation_images_may_stand_in_val_or_test(folder):
+    """ImageNet says val, CIFAR-10 says test."""
+    assert len(data.open_split(folder, "val", 32, 0)) == 4
+    (folder / "val").rename(folder / "test")
+    source = data.open_split(folder, "val", 32, 0)
+    assert len(source) == 4 and "/test/" in source.name(0)
+
+
+def test_every_fault_of_the_folder_is_one_line_that_names_data_dir(folder):
+    """What a person sees at the first try with their own images."""
+    file = folder / "train" / "cat" / "0.png"
+    assert "file" in failure(data.open_split, str(file), "train", 32, 0)
+    assert "no such folder" in failure(data.open_split, str(folder / "nowhere"), "train", 32, 0)
+    assert "shapes" in failure(data.open_split, "", "train", 32, 0)
+    assert "train/" in failure(data.open_split, str(folder / "train"), "train", 32, 0)
+    assert "val/" in failure(data.open_split, str(folder / "train"), "val", 32, 0)
+    (folder / "empty" / "train").mkdir(parents=True)
+    assert str(folder / "empty" / "train") in failure(data.open_split, str(folder / "empty"), "train", 32, 0)
+    (folder / "train" / "eel").mkdir()
+    no_images = failure(data.open_split, str(folder), "train", 32, 0)
+    assert str(folder / "train" / "eel") in no_images and ".png" in no_images
+    photo(8, 8).save(folder / "train" / "eel" / "x.png")
+    train, val = (data.open_split(folder, split, 32, 0) for split in ("train", "val"))
+    missing, spare = failure(data.check_same_classes, train, val), failure(data.check_same_classes, val, train)
+    assert "eel" in missing and "validation" in missing and "eel" in spare and "training" in spare
+    for message in [no_images, missing, spare, failure(data.open_split, "", "train", 32, 0)]:
+        assert "data_dir" in message
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files that can't be decoded
+
+
+def test_undecodable_files_are_replaced_by_others_and_named(folder):
+    """Truncated, empty or no image at all: training goes on with another image, the same one in every run."""
+    broken = folder / "train" / "cat" / "0.png"
+    for content in broken.read_bytes()[:90], b"", b"not an image":
+        broken.write_bytes(content)
+        source = data.open_split(folder, "train", 32, 0)
+        others = [np.asarray(source.load(i)).tobytes() for i in range(1, 4)]
+        dataset = data.Augmented(source, lambda image, rng: np.asarray(image), seed=0)
+        replacements = set()
+        for epoch in range(8):
+            pixels, bad = dataset[epoch, 0]
+            assert pixels.tobytes() in others and set(bad) == {str(broken)}
+            assert np.array_equal(dataset[epoch, 0][0], pixels)
+            replacements.add(pixels.tobytes())
+        assert len(replacements) > 1
+        assert dataset[0, 1][0].tobytes() == others[0] and dataset[0, 1][1] == []
+        pixels, label, bad = data.Centered(source, 16)[0]
+        assert pixels is None and bad == [str(broken)], "evaluation leaves it out: a replacement would count twice"
+    batch, = data.in_order(source, 16, 8, process())
+    assert batch[0].shape == (3, 16, 16, 3) and batch[1].tolist() == [0, 1, 1] and batch[2] == [str(broken)]
+
+
+def test_bad_files_are_named_once_and_stop_the_run_above_one_percent():
+    """1 % exactly goes on; one more ends it with the list."""
+    bad_files, here = data.BadFiles(range(200)), process()
+    bad_files.report(["b.png", "a.png", "b.png"], here)
+    bad_files.report(["a.png"], here)
+    bad_files.report([], here)
+    assert len(here.lines) == 2 and "a.png" in here.lines[0] and "b.png" in here.lines[1]
+    message = failure(bad_files.report, ["a.png", "c.png"], here)
+    assert all(word in message for word in ("data_dir", "3 of 200", "a.png", "b.png", "c.png"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Order
+
+
+def steps_of(order, accumulate=1):
+    """The batches of an Order, micro-batches joined: a list of lists of (epoch, i)."""
+    parts = list(order)
+    assert len(parts) == len(order)
+    return [sum(parts[k:k + accumulate], []) for k in range(0, len(parts), accumulate)]
+
+
+def test_every_number_of_processes_sees_the_same_global_batches():
+    """One GPU or eight, accumulating or not: step k is about the same images, each on exactly one process."""
+    alone = steps_of(data.Order(50, 8, 0, 15, seed=3))
+    for count, accumulate in (2, 1), (1, 2), (4, 2), (8, 1):
+        shares = [steps_of(data.Order(50, 8, 0, 15, 3, rank, count, accumulate), accumulate) for rank in range(count)]
+        for step, batch in enumerate(alone):
+            together = sum((share[step] for share in shares), [])
+            assert sorted(together) == sorted(batch)
+            assert {len(share[step]) for share in shares} == {8 // count}
+
+
+def test_each_epoch_is_a_new_permutation():
+    """No image twice in an epoch; 50 images make 6 batches of 8, and the two left out differ between epochs."""
+    steps = steps_of(data.Order(50, 8, 0, 18, seed=3))
+    epochs = [sum(steps[6 * e:6 * e + 6], []) for e in range(3)]
+    for number, items in enumerate(epochs):
+        assert {epoch for epoch, _ in items} == {number}
+        images = [i for _, i in items]
+        assert len(set(images)) == 48 and set(images) <= set(range(50)) and images != sorted(images)
+    assert len({tuple(i for _, i in items) for items in epochs}) == 3
+    assert len({frozenset(i for _, i in items) for items in epochs}) > 1
+    assert steps_of(data.Order(50, 8, 0, 6, seed=4)) != steps[:6]
+
+
+def test_starting_in_the_middle_gives_the_tail_of_the_whole_run():
+    """A resumed run goes on where it stopped, within an epoch or between two."""
+    whole = steps_of(data.Order(50, 8, 0, 15, seed=3))
+    for start in (1, 6, 10, 15):
+        assert steps_of(data.Order(50, 8, start, 15, seed=3)) == whole[start:]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_resumed_loader_gives_the_same_tensors(workers):
+    """Augmentation included, and without regard to the workers: (seed, epoch, image) decides everything random."""
+    views = StepViews(ssl.MultiCrop(16, (0.25, 1.0), 8, (0.05, 0.25), 2, 4))
+    views.image_size = 16
+    source = data.Shapes("train", 12, 16)
+    whole = list(data.batches(source, views, 4, 0, 6, 0, process()))
+    tail = list(data.batches(source, views, 4, 4, 6, 0, process(), workers=workers))
+    for (expected, _), (got, bad) in zip(whole[4:], tail, strict=True):
+        assert bad == [] and expected.keys() == got.keys()
+        assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert not torch.equal(whole[0][0]["images"], whole[3][0]["images"])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_evaluation_takes_each_image_once(count):
+    """Shared by all processes, none dropped, none twice; a part of them is spread evenly over the classes."""
+    source = data.Shapes("val", 35, 16)
+    for wanted, images in (35, 0), (35, 100), (20, 20), (1, 1):
+        loaders = [data.in_order(source, 16, 4, process(rank, count), images=images) for rank in range(count)]
+        seen = [pixels for loader in loaders for batch, _, _ in loader for pixels in batch]
+        assert len(seen) == wanted and len({pixels.numpy().tobytes() for pixels in seen}) == wanted
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From image to tensor and back
+
+
+def adm_center_crop(image, size):
+    """What ADM's evaluation does, step by step (guided-diffusion, center_crop_arr)."""
+    while min(*image.size) >= 2 * size:
+        image = image.resize(tuple(side // 2 for side in image.size), resample=Image.BOX)
+    scale = size / min(*image.size)
+    image = image.resize(tuple(round(side * scale) for side in image.size), resample=Image.BICUBIC)
+    pixels = np.array(image)
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top:top + size, left:left + size]
+
+
+@pytest.mark.parametrize("width, height", [(32, 32), (33, 45), (61, 40), (20, 50)])
+def test_center_crop_is_adm_s(width, height):
+    """Reference statistics for FID come from images that were cropped like this; a shift by a pixel shows in PSNR."""
+    image = photo(width, height)
+    ours = data.center_crop(image, 32)
+    assert ours.shape == (32, 32, 3) and ours.dtype == np.uint8
+    np.testing.assert_array_equal(ours, adm_center_crop(image, 32))
+
+
+def test_random_crop_covers_the_image_and_flips_half_the_time():
+    """Red is x: the crop of a wide image begins anywhere along it, and runs backwards half of the time."""
+    wide = Image.fromarray(np.broadcast_to(np.arange(96, dtype=np.uint8)[None, :, None], (32, 96, 3)).copy())
+    rng = np.random.default_rng(0)
+    crops = np.stack([data.random_crop(wide, 32, rng) for _ in range(400)]).astype(int)[:, 0, :, 0]
+    flipped = crops[:, 0] > crops[:, -1]
+    assert 0.4 < flipped.mean() < 0.6
+    starts = crops.min(1)
+    assert starts.min() <= 2 and starts.max() >= 62 and (crops.max(1) - starts == 31).all()
+
+
+def test_pixels_survive_the_way_to_floats_and_back():
+    """All 256 levels, and -1 and 1 are black and white; what overshoots is clipped."""
+    pixels = torch.arange(256, dtype=torch.uint8).repeat(3).view(1, 3, 16, 16).movedim(1, -1)
+    images = data.to_float(pixels, "cpu")
+    assert images.shape == (1, 3, 16, 16) and images.min() == -1 and images.max() == 1
+    assert torch.equal(data.to_uint8(images), pixels)
+    assert data.to_uint8(torch.tensor([-3.0, 3.0, -1 + 0.49 / 127.5]).view(3, 1, 1)).tolist() == [[[0, 255, 0]]]
+
+
+def test_psnr_equals_skimage():
+    """Per image, on 8 bits, the mean over channels and pixels before the logarithm."""
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 256, (3, 16, 12, 3), dtype=np.uint8)
+    b = (a + rng.normal(0, [[[[5]]], [[[30]]], [[[90]]]], a.shape)).clip(0, 255).astype(np.uint8)
+    ours = data.psnr(torch.from_numpy(a), torch.from_numpy(b))
+    expected = [peak_signal_noise_ratio(x, y, data_range=255) for x, y in zip(a, b)]
+    np.testing.assert_allclose(ours.numpy(), expected, rtol=1e-10)
+    assert 100 < data.psnr(torch.from_numpy(a), torch.from_numpy(a))[0] < float("inf")
+
+
+def test_grid_shows_every_image_in_its_place(tmp_path):
+    """Row by row, enlarged without blur, so that a reconstruction stands below its original."""
+    levels = torch.arange(6, dtype=torch.uint8) * 40
+    data.save_grid(tmp_path / "grid.png", levels[:, None, None, None].expand(6, 8, 8, 3), columns=3)
+    pixels = np.asarray(Image.open(tmp_path / "grid.png"))
+    scale = pixels.shape[0] // 18
+    assert scale > 1 and pixels.shape == (18 * scale, 27 * scale, 3)
+    middles = pixels[4 * scale::9 * scale, 4 * scale::9 * scale, 0]
+    assert middles.tolist() == [[0, 40, 80], [120, 160, 200]]

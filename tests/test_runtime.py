@@ -1,0 +1,280 @@
+"""What every script needs to start, log, stop and resume: a typing error is one line, a crash loses no checkpoint."""
+import hashlib
+import json
+import math
+import re
+
+import pytest
+import torch
+
+import runtime
+from conftest import ROOT, run_script
+
+SCRIPT = '''"""A script."""
+import os
+
+# Group one
+size = 256  # pixels
+rate = 1e-3  # per step
+name = "S"  # S or B
+pair = (0.9, 0.95)  # two shares
+on = False  # True: whatever
+FREE = {"size"}
+'''
+
+
+@pytest.fixture
+def configure(tmp_path):
+    """configure(*arguments) of a script with one constant of each type -> (its constants, its namespace)."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+
+    def call(*arguments):
+        script = {"__file__": str(tmp_path / "script.py")}
+        exec(SCRIPT, script)
+        return runtime.configure(script, [str(a) for a in arguments]), script
+
+    return call
+
+
+def failure(call, *arguments):
+    """The one line with which a call ends the program."""
+    with pytest.raises(SystemExit) as error:
+        call(*arguments)
+    message = str(error.value)
+    assert message.startswith("error: ") and "\n" not in message
+    return message
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Constants
+
+
+def test_files_override_the_script_and_the_command_line_overrides_files(configure, tmp_path):
+    """In this order, wherever they stand on the line; the script's own globals change, since its code reads those."""
+    (tmp_path / "a.py").write_text('"""A comment."""\nsize = 1\nrate = 1\nname = "B"\n_private = 5\n')
+    (tmp_path / "b.py").write_text("size = 2\non = True\n")
+    defaults, _ = configure()
+    assert defaults == {"size": 256, "rate": 1e-3, "name": "S", "pair": (0.9, 0.95), "on": False}
+    constants, script = configure("--name=L", tmp_path / "a.py", tmp_path / "b.py")
+    assert constants == {"size": 2, "rate": 1.0, "name": "L", "pair": (0.9, 0.95), "on": True}
+    assert all(script[name] == value for name, value in constants.items())
+    assert configure("--size=3", "--size=4")[0]["size"] == 4
+
+
+@pytest.mark.parametrize("argument, name, value", [
+    ("--on=True", "on", True), ("--on=true", "on", True), ("--on=False", "on", False),
+    ("--rate=1", "rate", 1.0), ("--rate=5e-4", "rate", 5e-4), ("--size=5e4", "size", 50000), ("--size=64", "size", 64),
+    ("--name='B'", "name", "B"), ('--name="B"', "name", "B"), ("--name=128/4/4", "name", "128/4/4"),
+    ("--name=", "name", ""),
+    ("--name=7", "name", "7"), ("--name=out/a=b", "name", "out/a=b"), ("--pair=(0.5, 1)", "pair", (0.5, 1)),
+])
+def test_values_as_a_person_types_them(configure, argument, name, value):
+    """Not only the value: the type too, since True == 1 and "7" is a fine name for a folder."""
+    got = configure(argument)[0][name]
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize("argument, words", [
+    ("--sise=3", ["sise", "did you mean size"]), ("--zzz=3", ["zzz", "--help"]), ("--FREE=1", ["FREE"]),
+    ("--size=big", ["size", "whole number", "256"]), ("--size=2.5", ["size", "whole number"]),
+    ("--size=True", ["size", "whole number"]), ("--on=1", ["on", "True or False"]), ("--on=maybe", ["on", "maybe"]),
+    ("--rate=fast", ["rate", "number"]), ("--rate=nan", ["rate"]), ("--rate=inf", ["rate"]), ("--rate=1e999", ["rate"]),
+    ("--size=-1", ["size", "-1"]), ("--rate=-0.1", ["rate", "-0.1"]), ("--pair=0.5", ["pair", "tuple"]),
+    ("--size", ["--size", "--name=value"]), ("-size=3", ["--name=value"]), ("--size 3", ["--name=value"]),
+    ("missing.py", ["missing.py", "config file"]), ("size=3", ["size=3", "--name=value"]),
+])
+def test_a_wrong_argument_is_one_line_that_names_it(configure, argument, words):
+    """And what was probably meant, or what type is wanted."""
+    message = failure(configure, argument)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("line, word", [("rate = float('nan')", "rate"), ("sise = 3", "size"), ("size = 2.5", "size"),
+                                        ("size = -4", "size"), ("pair = [0.5, 1]", "pair"), ("name = 3", "name")])
+def test_a_wrong_line_in_a_config_file_is_named_with_the_file(configure, tmp_path, line, word):
+    """The same rules as on the command line."""
+    (tmp_path / "wrong.py").write_text(line + "\n")
+    message = failure(configure, tmp_path / "wrong.py")
+    assert word in message and "wrong.py" in message
+
+
+def test_help_prints_every_constant_with_its_comment():
+    """The constants are the interface: each has a comment, and `--help` shows it, of the real script."""
+    source = (ROOT / "train_tokenizer.py").read_text().split("\nFREE")[0]
+    constants = re.findall(r"^([a-z]\w*) = (.+?)(?:  # (.+))?$", source, re.MULTILINE)
+    assert len(constants) > 30 and "patch_size" in [name for name, *_ in constants]
+    help = run_script("train_tokenizer.py", "--help").stdout
+    for name, default, comment in constants:
+        shown = re.search(rf"^ *--{name}={re.escape(default)}(?: +(.*))?$", help, re.MULTILINE)
+        assert shown, name
+        assert (shown[1] or "") == comment, name
+    assert "--nproc_per_node=8" in help, "the docstring's command lines come first"
+
+
+@pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "config").glob("*_tokenizer.py")))
+def test_the_config_files_fit_the_script(config):
+    """A constant that is renamed must be renamed there, too."""
+    script = {"__file__": str(ROOT / "train_tokenizer.py")}
+    exec((ROOT / "train_tokenizer.py").read_text().split("\nFREE")[0], script)
+    before = dict(script)
+    constants = runtime.configure(script, [str(ROOT / "config" / config)])
+    assert any(constants[name] != before[name] for name in constants)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+def test_only_the_first_process_speaks(monkeypatch):
+    """Eight copies of an error help nobody; all of them end all the same."""
+    assert failure(runtime.fail, "out_dir is wrong") == "error: out_dir is wrong"
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit) as error:
+        runtime.fail("out_dir is wrong")
+    assert error.value.code == 1
+    runtime.check(True, "no error")
+
+
+@pytest.mark.parametrize("arguments, name", [(("abacus",), "device='abacus'"), (("cpu", "float8"), "dtype='float8'")])
+def test_a_device_or_type_that_is_not_there_is_named(arguments, name):
+    """device=cuda on a laptop is the common case."""
+    assert name in failure(runtime.Processes, *arguments)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints and logs
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
+    """Tensors, tuples, strings and numbers, with weights_only: a file from a stranger can run no code."""
+    state = {"tokenizer": {"w": torch.randn(3, 2)}, "constants": {"betas": (0.9, 0.95), "name": "S"}, "step": 7}
+    runtime.save_checkpoint(tmp_path / "checkpoint.pt", state)
+    loaded = runtime.load_checkpoint(tmp_path / "checkpoint.pt", "out_dir")
+    assert torch.equal(loaded["tokenizer"]["w"], state["tokenizer"]["w"])
+    assert loaded["constants"] == state["constants"] and loaded["step"] == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+class Unsaveable:
+    """Fails while it is being written, as a full disk would."""
+
+    def __reduce__(self):
+        raise OSError("No space left on device")
+
+
+def test_a_failure_while_saving_leaves_the_old_checkpoint_whole(tmp_path):
+    """The moment at which jobs are killed."""
+    path = tmp_path / "checkpoint.pt"
+    runtime.save_checkpoint(path, {"step": 1, "w": torch.ones(1000)})
+    before = path.read_bytes()
+    with pytest.raises(OSError, match="No space left"):
+        runtime.save_checkpoint(path, {"step": 2, "w": torch.zeros(1000), "x": Unsaveable()})
+    assert path.read_bytes() == before and runtime.load_checkpoint(path, "out_dir")["step"] == 1
+    runtime.save_checkpoint(path, {"step": 3})  # what the failure left behind is in nobody's way
+    assert runtime.load_checkpoint(path, "out_dir")["step"] == 3
+
+
+def test_a_run_can_save_over_the_checkpoint_it_was_resumed_from(tmp_path):
+    """The loaded tensors live in the old file; they must not change when a new one takes its place."""
+    path = tmp_path / "checkpoint.pt"
+    runtime.save_checkpoint(path, {"w": torch.ones(10000)})
+    loaded = runtime.load_checkpoint(path, "out_dir")["w"]
+    loaded[0] = 5  # optimizers write in place
+    runtime.save_checkpoint(path, {"w": torch.zeros(10000)})
+    assert loaded[0] == 5 and loaded[1:].eq(1).all()
+    assert runtime.load_checkpoint(path, "out_dir")["w"].eq(0).all()
+
+
+def test_a_missing_or_damaged_checkpoint_is_one_line(tmp_path):
+    """With the constant that led there."""
+    path = tmp_path / "checkpoint.pt"
+    assert f"out_dir={path}" in failure(runtime.load_checkpoint, path, "out_dir")
+    for content in b"not a checkpoint", b"":
+        path.write_bytes(content)
+        assert f"out_dir={path}" in failure(runtime.load_checkpoint, path, "out_dir")
+    runtime.save_checkpoint(path, {"w": torch.ones(1000)})
+    path.write_bytes(path.read_bytes()[:2000])
+    assert f"out_dir={path}" in failure(runtime.load_checkpoint, path, "out_dir")
+
+
+def test_only_free_constants_may_change_on_resume():
+    """The others are named, all of them, with the old value and the new one."""
+    saved = {"seed": 0, "epochs": 5, "workers": 8, "betas": (0.9, 0.95)}
+    runtime.check_resumable(saved, {**saved, "workers": 2}, {"workers"})
+    message = failure(runtime.check_resumable, saved, {**saved, "seed": 1, "epochs": 6, "workers": 2}, {"workers"})
+    assert "seed was 0, is 1" in message and "epochs was 5, is 6" in message
+    assert "workers" not in message and "betas" not in message
+    assert "new" in failure(runtime.check_resumable, saved, {**saved, "new": 1}, set())  # a constant of a later version
+
+
+def test_log_forgets_what_came_after_the_checkpoint(tmp_path):
+    """A run killed after its last checkpoint repeats those steps; two lines for one step would be two curves."""
+    path = tmp_path / "log.jsonl"
+    log = runtime.Log(path, 0)
+    for step in range(1, 6):
+        log.write(step=step, loss=step / 3)
+    log.write(step=5, val_psnr=20.5)
+    log.file.close()
+    log = runtime.Log(path, 3)
+    log.write(step=4, loss=1.0)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]  # whole, without closing the file
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert lines[0]["loss"] == pytest.approx(1 / 3, abs=1e-6) and lines[3]["loss"] == 1.0
+
+
+def test_cosine_end_points():
+    """Linear from above 0 to the base rate, half a cosine down to the final one, the middle in the middle."""
+    rate = [runtime.cosine(step, 110, 1e-3, 1e-6, warmup=10) for step in range(111)]
+    assert rate[:10] == pytest.approx([1e-4 * k for k in range(1, 11)])
+    assert rate[10] == pytest.approx(1e-3) and rate[110] == pytest.approx(1e-6)
+    assert rate[60] == pytest.approx((1e-3 + 1e-6) / 2)
+    assert all(a >= b for a, b in zip(rate[10:], rate[11:]))
+    assert runtime.cosine(0, 100, 0.996, 1.0) == pytest.approx(0.996)  # the teacher's momentum rises
+    assert runtime.cosine(100, 100, 0.996, 1.0) == pytest.approx(1.0)
+    assert math.isfinite(runtime.cosine(5, 5, 1.0, 0.0, warmup=5)), "a warm-up over the whole run"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_is_named(value):
+    """Which step, which term, where the last good checkpoint is, and which constant to turn."""
+    values = torch.tensor([[1.0, 2.0], [1.0, 2.0]])
+    runtime.check_finite(values, [7, 8], ["l1", "mim"], "out/x/checkpoint.pt")
+    values[1, 1] = value
+    message = failure(runtime.check_finite, values, [7, 8], ["l1", "mim"], "out/x/checkpoint.pt")
+    assert all(word in message for word in ("step 8", "mim", "out/x/checkpoint.pt", "learning_rate"))
+    assert "l1" not in message
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Published weights
+
+
+def test_weights_that_are_there_are_checked_and_not_fetched(tmp_path, monkeypatch):
+    """Put there by hand on a machine without network: used if whole, refused by name if not."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    def no_network(*_, **__):
+        raise AssertionError("tried to download")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    path = tmp_path / "hub" / "checkpoints" / "weights.pth"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"weights")
+    checksum = hashlib.sha256(b"weights").hexdigest()
+    for expected in checksum, checksum[:8]:
+        assert runtime.download("https://localhost/weights.pth", expected, "--x=0") == path
+    path.write_bytes(b"weigh")
+    message = failure(runtime.download, "https://localhost/weights.pth", checksum, "--x=0")
+    assert str(path) in message and "damaged" in message
+
+
+def test_weights_that_can_not_be_fetched(tmp_path, monkeypatch):
+    """Which file, from where, to which path, and what does without it; no half a file stays behind."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    def offline(*_, **__):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    message = failure(runtime.download, "https://localhost/weights.pth", "00", "leave it out: --x=0")
+    path = tmp_path / "hub" / "checkpoints" / "weights.pth"
+    assert all(word in message for word in ("https://localhost/weights.pth", str(path), "--x=0", "Name or service"))
+    assert not path.exists()

@@ -1,0 +1,380 @@
+"""iBOT: the loss against a plain loop in float64, and the views against what the recipe says about them."""
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import ssl
+import torch
+import torchvision.transforms.functional as torchvision
+from PIL import Image
+
+GLOBAL, LOCAL, K = 2, 3, 7  # views and prototypes of the tests of the loss
+
+
+def alone(tensor):
+    """The sum over all processes, where there is one."""
+    return tensor
+
+
+def reference_loss(student_cls, teacher_cls, student_patch, teacher_patch, mask, center_cls, center_patch,
+                   teacher_temp):
+    """iBOT's two terms as a loop over images and pairs of views, in float64. student_cls (V, B, K),
+    teacher_cls (2, B, K), patches (2, B, N, K), mask (2, B, N)."""
+    def cross_entropy(teacher, student, center):
+        target = torch.exp((teacher - center) / teacher_temp)
+        prediction = torch.exp(student / 0.1)
+        return -(target / target.sum() * torch.log(prediction / prediction.sum())).sum()
+
+    views, images = student_cls.shape[:2]
+    pairs = []
+    for q in range(2):
+        for v in range(views):
+            if v != q:
+                terms = [cross_entropy(teacher_cls[q, b], student_cls[v, b], center_cls) for b in range(images)]
+                pairs.append(sum(terms) / images)
+    per_crop = []
+    for q in range(2):
+        for b in range(images):
+            hidden = mask[q, b].nonzero()[:, 0].tolist()
+            terms = [cross_entropy(teacher_patch[q, b, n], student_patch[q, b, n], center_patch) for n in hidden]
+            per_crop.append(sum(terms) / len(terms) if terms else 0.0)
+    return sum(pairs) / len(pairs), sum(per_crop) / len(per_crop)
+
+
+def make_case(images=3, tokens=9, seed=0, local=LOCAL):
+    """Random logits in [-1, 1], as cosines are, and masks of which some are empty."""
+    generator = torch.Generator().manual_seed(seed)
+    def uniform(*shape):
+        return torch.rand(*shape, generator=generator, dtype=torch.float64) * 2 - 1
+
+    mask = torch.rand(GLOBAL, images, tokens, generator=generator) < 0.4
+    mask[0, 1] = mask[1, 0] = False
+    mask[0, 0, 2:5] = True
+    return SimpleNamespace(mask=mask, student_cls=uniform(GLOBAL + local, images, K),
+                           teacher_cls=uniform(GLOBAL, images, K), student_patch=uniform(GLOBAL, images, tokens, K),
+                           teacher_patch=uniform(GLOBAL, images, tokens, K),
+                           center_cls=0.3 * uniform(K), center_patch=0.3 * uniform(K))
+
+
+def as_arguments(case):
+    """The same, as by_view and the networks hand it to IBOTLoss: float32, sorted by view, masked tokens only."""
+    side = math.isqrt(case.mask.shape[2])
+    views = ssl.by_view({"mask": case.mask.transpose(0, 1).unflatten(2, (side, side))})
+    where = views["positions"]
+    student_cls, teacher_cls, student_patch, teacher_patch = (
+        x.float() for x in (case.student_cls, case.teacher_cls, case.student_patch, case.teacher_patch))
+    student = (student_cls[:2].flatten(0, 1), student_patch.flatten(0, 2)[where], student_cls[2:].flatten(0, 1))
+    return student, (teacher_cls.flatten(0, 1), teacher_patch.flatten(0, 2)[where]), views["weights"]
+
+
+def loss_with_centers(case):
+    ibot = ssl.IBOTLoss(K, "cpu")
+    ibot.centers = {"cls": case.center_cls.float(), "patch": case.center_patch.float()}
+    return ibot
+
+
+@pytest.mark.parametrize("local", [0, 1, LOCAL])
+def test_loss_equals_the_loop_over_pairs_of_views(local):
+    """[CLS] over all v != q, patches over v = q; a crop without mask counts as 0, not as absent."""
+    case = make_case(local=local)
+    ours, _ = loss_with_centers(case)(*as_arguments(case), teacher_temp=0.05)
+    cls, mim = reference_loss(**vars(case), teacher_temp=0.05)
+    assert ours["cls"].item() == pytest.approx(cls.item(), rel=1e-5)
+    assert ours["mim"].item() == pytest.approx(mim.item(), rel=1e-5)
+
+
+def test_gradient_of_the_student_equals_that_of_the_loop():
+    """The loss could have the right value and detach what it must not, or weigh views unequally in the gradient."""
+    case = make_case(seed=1)
+    case.student_cls.requires_grad_()
+    case.student_patch.requires_grad_()
+    inputs = [case.student_cls, case.student_patch]
+    ours, _ = loss_with_centers(case)(*as_arguments(case), teacher_temp=0.04)
+    gradients = torch.autograd.grad(ours["cls"] + ours["mim"], inputs)
+    expected = torch.autograd.grad(sum(reference_loss(**vars(case), teacher_temp=0.04)), inputs)
+    for got, want in zip(gradients, expected):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    assert not gradients[1][~case.mask].any(), "visible tokens are no part of the loss"
+
+
+def test_loss_without_any_masked_token():
+    """Half of the crops have no mask, so a small batch may have none at all: MIM is 0 and everything stays finite."""
+    case = make_case()
+    case.mask[:] = False
+    ibot = loss_with_centers(case)
+    ours, _ = ibot(*as_arguments(case), teacher_temp=0.04)
+    assert ours["mim"].item() == 0 and math.isfinite(ours["cls"].item())
+    before = ibot.centers["patch"].clone()
+    ibot.update_centers(alone)
+    assert torch.equal(ibot.centers["patch"], before), "no token, no news about their centre"
+    assert not torch.equal(ibot.centers["cls"], case.center_cls.float())
+
+
+def test_centers_follow_the_mean_of_all_micro_batches():
+    """One update per step, with the mean over the global batch: micro-batches with more masked tokens weigh more."""
+    cases = [make_case(images=2, seed=2), make_case(images=4, seed=3)]
+    ibot = loss_with_centers(cases[0])
+    for case in cases:
+        student, teacher, weights = as_arguments(case)
+        ibot(student, teacher, weights, 0.04)
+        assert torch.equal(ibot.centers["cls"], cases[0].center_cls.float()), "the whole step sees the same centres"
+    ibot.update_centers(alone)
+    all_cls = torch.cat([case.teacher_cls.flatten(0, 1) for case in cases])
+    all_patches = torch.cat([case.teacher_patch[case.mask] for case in cases])
+    expected = {"cls": 0.9 * cases[0].center_cls + 0.1 * all_cls.mean(0),
+                "patch": 0.9 * cases[0].center_patch + 0.1 * all_patches.mean(0)}
+    for name in expected:
+        torch.testing.assert_close(ibot.centers[name].double(), expected[name], rtol=0, atol=1e-6)
+    first = ibot.centers["cls"].clone()
+    ibot(*as_arguments(cases[1]), 0.04)
+    ibot.update_centers(alone)  # the next step begins with empty sums
+    second = 0.9 * first.double() + 0.1 * cases[1].teacher_cls.flatten(0, 1).mean(0)
+    torch.testing.assert_close(ibot.centers["cls"].double(), second, rtol=0, atol=1e-6)
+
+
+def test_centers_are_summed_over_processes():
+    """What update_centers gives to its argument is a sum and a count, so that unequal processes average rightly."""
+    case, other = make_case(images=2, seed=4), make_case(images=5, seed=5)
+    ibot, elsewhere = loss_with_centers(case), loss_with_centers(other)
+    ibot(*as_arguments(case), 0.04)
+    elsewhere(*as_arguments(other), 0.04)
+    sums = iter([elsewhere.batch_sums["cls"], elsewhere.batch_sums["patch"]])
+    ibot.update_centers(lambda total: total + next(sums))
+    mean = torch.cat([case.teacher_patch[case.mask], other.teacher_patch[other.mask]]).mean(0)
+    torch.testing.assert_close(ibot.centers["patch"].double(), 0.9 * case.center_patch + 0.1 * mean, rtol=0, atol=1e-6)
+
+
+def test_logged_entropies_tell_collapse_from_uniform_output():
+    """They are what a person looks at to see whether iBOT learns: 0 = one prototype for sure, log K = no preference."""
+    def entropies(teacher_cls):
+        ibot, case = ssl.IBOTLoss(K, "cpu"), make_case(images=K)
+        student, (_, patches), weights = as_arguments(case)
+        return {k: v.item() for k, v in ibot(student, (teacher_cls, patches), weights, 0.04)[1].items()}
+
+    sure_of_one = torch.zeros(2 * K, K)
+    sure_of_one[:, 3] = 10
+    sure_of_each = 10 * torch.eye(K).repeat(2, 1)
+    assert entropies(sure_of_one) == pytest.approx({"teacher_entropy": 0, "batch_entropy": 0}, abs=1e-3)
+    assert entropies(torch.zeros(2 * K, K)) == pytest.approx(
+        {"teacher_entropy": math.log(K), "batch_entropy": math.log(K)}, rel=1e-3)
+    assert entropies(sure_of_each) == pytest.approx({"teacher_entropy": 0, "batch_entropy": math.log(K)}, abs=1e-3)
+
+
+def test_by_view_sorts_by_view_and_finds_the_masked_tokens():
+    """The loss pairs crop q of image b with row q B + b; a mix-up trains on the wrong image and still goes down."""
+    images, grid = 3, 4
+    mask = torch.zeros(images, 2, grid, grid, dtype=torch.bool)
+    mask[0, 0, 1, 2] = mask[0, 0, 3, 3] = mask[2, 1, 0, 0] = True
+    tag = torch.arange(images)[:, None] * 10
+    views = ssl.by_view({"global_crops": tag + torch.arange(2), "local_crops": tag + torch.arange(4), "mask": mask})
+    assert views["global_crops"].tolist() == [0, 10, 20, 1, 11, 21]
+    assert views["local_crops"].tolist() == [0, 10, 20, 1, 11, 21, 2, 12, 22, 3, 13, 23]
+    row_of_second_crop_of_third_image = 1 * images + 2
+    assert views["positions"].tolist() == [1 * 4 + 2, 3 * 4 + 3, row_of_second_crop_of_third_image * 16]
+    torch.testing.assert_close(views["weights"], torch.tensor([1 / 12, 1 / 12, 1 / 6]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The teacher
+
+
+def test_teacher_temperature_rises_linearly_and_stays():
+    """0.04 at the start, 0.07 from the end of the warm-up on; without warm-up 0.07 at once."""
+    schedule = [ssl.teacher_temperature(progress, 0.5) for progress in (0, 0.25, 0.5, 0.75, 1)]
+    assert schedule == pytest.approx([0.04, 0.055, 0.07, 0.07, 0.07])
+    assert ssl.teacher_temperature(0, 0.0) == 0.07
+
+
+def test_teacher_is_a_moving_average_of_the_student():
+    """m t + (1 - m) s, in place and without a gradient; m = 1 leaves it alone."""
+    student = [torch.randn(3, 2, requires_grad=True), torch.randn(5, requires_grad=True)]
+    teacher = [torch.randn(3, 2), torch.randn(5)]
+    expected = [0.9 * t + 0.1 * s.detach() for t, s in zip(teacher, student)]
+    ssl.update_teacher(teacher, student, 0.9)
+    for got, want in zip(teacher, expected):
+        torch.testing.assert_close(got, want)
+        assert not got.requires_grad
+    before = [t.clone() for t in teacher]
+    ssl.update_teacher(teacher, student, 1.0)
+    assert all(map(torch.equal, teacher, before))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Masks
+
+
+@pytest.mark.parametrize("grid", [4, 7, 14])
+def test_block_mask_never_hides_more_than_its_share(grid):
+    """BEiT's budget is a limit; the MIM loss is about what can be inferred from the rest."""
+    rng = np.random.default_rng(0)
+    for ratio in np.linspace(0, 0.6, 60):
+        mask = ssl.block_mask(grid, grid, ratio, rng)
+        assert mask.shape == (grid, grid) and mask.dtype == bool
+        assert mask.sum() <= ratio * grid * grid
+
+
+def test_block_mask_comes_near_its_share():
+    """14 × 14 is the output grid of a 224 px crop at p = 8 with staged compression. A mask may fall a bit short."""
+    rng = np.random.default_rng(0)
+    for ratio in (0.1, 0.3, 0.5):
+        mean = np.mean([ssl.block_mask(14, 14, ratio, rng).mean() for _ in range(200)])
+        assert 0.85 * ratio < mean <= ratio
+
+
+def test_half_the_views_are_unmasked_and_the_others_spread_over_the_range():
+    """0, or uniform in 0.3 ± 0.2, half of the time each."""
+    rng = np.random.default_rng(0)
+    shares = np.array([ssl.random_mask(14, rng).mean() for _ in range(1000)])
+    masked = shares[shares > 0]
+    assert 0.45 < len(masked) / len(shares) < 0.55
+    assert masked.max() <= 0.5 and 0.25 < masked.mean() < 0.31
+    assert masked.min() < 0.14 and np.quantile(masked, 0.9) > 0.4 and 0.08 < masked.std() < 0.14  # uniform: 0.115
+
+
+def test_masks_are_blocks_and_not_scattered_dots():
+    """A lone hidden token can be read off its neighbours; of a block it can't. Random dots would have hidden neighbours
+    as often as the ratio says, 0.3; blocks far more often."""
+    rng = np.random.default_rng(0)
+    neighbours = []
+    for _ in range(200):
+        mask = ssl.block_mask(14, 14, 0.3, rng)
+        neighbours += [mask[:, 1:][mask[:, :-1]].mean(), mask[1:][mask[:-1]].mean()]
+    assert np.mean(neighbours) > 0.75
+
+
+def test_every_token_is_hidden_about_as_often_as_any_other():
+    """Blocks may touch the borders: a mask that spares them would train the centre alone."""
+    rng = np.random.default_rng(0)
+    often = np.mean([ssl.block_mask(14, 14, 0.3, rng) for _ in range(500)], axis=0)
+    assert often.min() > 0.005 and often.max() < 0.6
+    for turned in (often[::-1], often[:, ::-1], often.T):  # and no side is preferred
+        assert np.abs(often - turned).max() < 0.15
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Crops and augmentation
+
+
+def coordinates(width, height):
+    """An image whose red is x and whose green is y, one level per pixel."""
+    y, x = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([x, y, 0 * x], axis=2).astype(np.uint8))
+
+
+def box_of(crop):
+    """(left, top, w, h, flipped) of a crop of such an image, from straight lines through its inner pixels."""
+    pixels, size = np.asarray(crop, float), crop.width
+    inner = np.arange(size // 4, size - size // 4)
+    x_slope, x_start = np.polyfit(inner + 0.5, pixels[:, :, 0].mean(0)[inner] + 0.5, 1)
+    y_slope, y_start = np.polyfit(inner + 0.5, pixels[:, :, 1].mean(1)[inner] + 0.5, 1)
+    flipped = x_slope < 0
+    w, h = abs(x_slope) * size, y_slope * size
+    return (x_start - w if flipped else x_start), y_start, w, h, flipped
+
+
+@pytest.mark.parametrize("scale", [(0.25, 1.0), (0.05, 0.25)])
+def test_crops_cover_the_area_and_aspect_that_they_should(scale):
+    """The box is recovered from the pixels: a share of the area in `scale`, aspect 3/4 to 4/3, inside the image, and
+    the whole range of each is used; flipped half of the time."""
+    image, rng = coordinates(250, 200), np.random.default_rng(0)
+    left, top, w, h, flipped = np.array([box_of(ssl.random_resized_crop(image, 64, scale, rng)) for _ in range(400)]).T
+    slack = 1.5  # pixels: the box has whole numbers, and pixels have eight bits
+    assert left.min() > -slack and top.min() > -slack
+    assert (left + w).max() < 250 + slack and (top + h).max() < 200 + slack
+    area, aspect = w * h / (250 * 200), w / h
+    assert area.min() > scale[0] * 0.95 and area.max() < scale[1] * 1.05
+    assert area.min() < scale[0] + 0.1 * (scale[1] - scale[0]) and area.max() > scale[1] - 0.25 * (scale[1] - scale[0])
+    assert aspect.min() > 3 / 4 * 0.95 and aspect.max() < 4 / 3 * 1.05
+    assert aspect.min() < 0.82 and aspect.max() > 1.22 and abs(np.log(aspect).mean()) < 0.08
+    assert 0.4 < flipped.mean() < 0.6
+    assert left.min() < 5 and top.min() < 5 and (left + w).max() > 245 and (top + h).max() > 195  # no corner is spared
+
+
+def test_crop_of_a_very_long_image_keeps_its_aspect():
+    """Ten tries find no box in a ribbon; what is taken then is its centre, not a squeezed whole."""
+    left, top, w, h, _ = box_of(ssl.random_resized_crop(coordinates(250, 20), 32, (0.9, 1.0), np.random.default_rng(0)))
+    assert h == pytest.approx(20, abs=0.5) and w / h == pytest.approx(4 / 3, rel=0.05)
+    assert left + w / 2 == pytest.approx(125, abs=1)
+
+
+class Fixed:
+    """An rng whose every uniform() is the same way along its range, and whose permutation() is given."""
+
+    def __init__(self, share, order):
+        self.share, self.order = share, order
+
+    def uniform(self, low, high):
+        return low + self.share * (high - low)
+
+    def permutation(self, _):
+        return self.order
+
+
+def photo(width=48, height=40):
+    """Smooth colours with some detail, all hues, dark and bright."""
+    y, x = np.mgrid[:height, :width] / 10
+    waves = np.stack([np.sin(x), np.sin(y + 1), np.sin(x + 2 * y)], axis=2)
+    noise = np.random.default_rng(0).normal(0, 12, waves.shape)
+    return Image.fromarray((127 + 120 * waves + noise).clip(0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2)])
+def test_color_jitter_equals_torchvision(share, order):
+    """Brightness, contrast, saturation and hue by the same factors, in the same order, on the same 8 bits."""
+    def factor(strength, middle=1):
+        return middle - strength + share * 2 * strength
+
+    theirs = [lambda image: torchvision.adjust_brightness(image, factor(0.4)),
+              lambda image: torchvision.adjust_contrast(image, factor(0.4)),
+              lambda image: torchvision.adjust_saturation(image, factor(0.2)),
+              lambda image: torchvision.adjust_hue(image, factor(0.1, middle=0))]
+    expected = photo()
+    for k in order:
+        expected = theirs[k](expected)
+    ours = np.asarray(ssl.color_jitter(photo(), Fixed(share, order)), float)
+    assert np.abs(ours - np.asarray(expected, float)).mean() <= 0.5
+    assert np.abs(ours - np.asarray(photo(), float)).mean() > 5, "and it does change the image"
+
+
+@pytest.mark.parametrize("turn", [-0.5, -0.1, -0.013, 0.0, 0.07, 0.1, 0.5])
+def test_hue_equals_torchvision(turn):
+    """Hue is a circle: it wraps around at both ends and does not stop there."""
+    ours, theirs = ssl.shift_hue(photo(), turn), torchvision.adjust_hue(photo(), turn)
+    np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+def test_views_depend_on_the_rng_alone():
+    """A run that is resumed, or has other workers, must see the same crops and masks."""
+    crops = ssl.MultiCrop(32, (0.25, 1.0), 16, (0.05, 0.25), 3, 8)
+    first, again, other = (crops(photo(), np.random.default_rng(seed)) for seed in (5, 5, 6))
+    for name in first:
+        assert np.array_equal(first[name], again[name])
+    assert not np.array_equal(first["global_crops"], other["global_crops"])
+    assert {name: (x.shape, x.dtype) for name, x in first.items()} == {
+        "global_crops": ((2, 32, 32, 3), np.uint8), "local_crops": ((3, 16, 16, 3), np.uint8),
+        "mask": ((2, 4, 4), bool)}
+    assert not np.array_equal(first["local_crops"][0], first["local_crops"][1])
+
+
+def test_how_often_each_augmentation_happens():
+    """Grey 0.2, solarize 0.2 on the second global crop only, blur always on the first and rarely on the second. A flat
+    white image shows solarization (white turns black), coloured noise shows grey and blur."""
+    rng, count = np.random.default_rng(0), 500
+    crops = ssl.MultiCrop(16, (0.25, 1.0), 16, (0.05, 0.25), 1, 8)
+    white = [crops(Image.new("RGB", (32, 32), "white"), rng) for _ in range(count)]
+    dark = np.array([[views["global_crops"][q].mean() < 100 for q in (0, 1)] + [views["local_crops"].mean() < 100]
+                     for views in white]).mean(0)
+    assert dark[0] == 0 and dark[2] == 0 and 0.14 < dark[1] < 0.26
+
+    noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+
+    def rates(blur):
+        images = [np.asarray(ssl.augment(noise, rng, blur, 0.0, 1.0), float) for _ in range(count)]
+        grey = np.mean([np.ptp(image, axis=2).max() == 0 for image in images])
+        return grey, np.mean([np.abs(np.diff(image, axis=1)).mean() for image in images])
+
+    (grey, sharp), (_, rare), (_, blurred) = rates(0.0), rates(0.1), rates(1.0)
+    assert 0.14 < grey < 0.26
+    assert blurred < 0.6 * sharp and blurred < rare < sharp

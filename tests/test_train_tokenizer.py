@@ -1,0 +1,350 @@
+"""Stage 1 end to end, with a network of a few thousand parameters: stopped, resumed, split, accumulated, refused."""
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import runtime
+import ssl
+import train_tokenizer
+from conftest import ROOT, clean_environment, run_script
+from model import IBOTHead, JointTokenizer
+
+TINY = dict(data_dir="shapes", shapes_images=80, image_size=32, patch_size=4, downsample=8, latent_channels=6,
+            encoder="32/2/2", decoder="32/2/2", stc_depth=1, lpips_weight=0, prototypes=64, head_hidden=32,
+            global_crop_size=32, local_crops=2, local_crop_size=16, epochs=1, batch_size=8, warmup_epochs=0.2,
+            freeze_prototypes_epochs=0, workers=0, device="cpu", dtype="float32", log_every=1, val_images=16,
+            stats_images=80)
+
+
+def arguments(**changes):
+    return [f"--{name}={value}" for name, value in {**TINY, **changes}.items()]
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """here(**changes) runs train_tokenizer's main() in this process; configure(**changes) sets its constants alone."""
+    before, handler = dict(vars(train_tokenizer)), signal.getsignal(signal.SIGTERM)
+
+    def call(**changes):
+        monkeypatch.setattr(sys, "argv", ["train_tokenizer.py", *arguments(**changes)])
+        train_tokenizer.main()
+
+    yield call
+    vars(train_tokenizer).update(before)
+    signal.signal(signal.SIGTERM, handler)
+
+
+def failure(call, **changes):
+    """The one line with which a run ends before its first step."""
+    with pytest.raises(SystemExit) as error:
+        call(**changes)
+    message = str(error.value)
+    assert message.startswith("error: ") and "\n" not in message
+    return message
+
+
+def checkpoint(out_dir):
+    return runtime.load_checkpoint(out_dir / "checkpoint.pt", "out_dir")
+
+
+def log(out_dir):
+    """The lines of training steps, and those of validations."""
+    lines = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line], [line for line in lines if "val_psnr" in line]
+
+
+def tensors(state, prefix=""):
+    """All tensors of a nested state by their path."""
+    if isinstance(state, torch.Tensor):
+        return {prefix: state}
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
+    return {name: tensor for key, value in items for name, tensor in tensors(value, f"{prefix}/{key}").items()}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The folder of a run of 20 steps that nothing interrupted; the prototypes are frozen for the first half."""
+    out_dir = tmp_path_factory.mktemp("straight")
+    run_script("train_tokenizer.py", *arguments(epochs=2, freeze_prototypes_epochs=1, out_dir=out_dir))
+    return out_dir
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+def test_a_run_leaves_what_it_promises(straight):
+    """Every term in the log; a picture; a checkpoint that says it is finished; and nothing else."""
+    steps, validations = log(straight)
+    assert [line["step"] for line in steps] == list(range(1, 21))
+    assert {"l1", "cls", "mim", "teacher_entropy", "batch_entropy", "grad_norm", "lr", "seconds",
+            "images_per_second"} <= steps[0].keys()
+    for line in steps:
+        assert line["loss"] == pytest.approx(0.1 * line["l1"] + line["cls"] + line["mim"], abs=1e-4)  # Eq. 5 and 6
+    assert [line["lr"] for line in steps[:2]] == pytest.approx([5e-4, 1e-3]) and steps[-1]["lr"] < 3e-5
+    assert validations[-1]["step"] == 20 and 5 < validations[-1]["val_psnr"] < 40
+    assert Image.open(straight / "reconstructions.png").width >= 8 * 32
+    state = checkpoint(straight)
+    assert state["finished"] and state["step"] == 20 and state["constants"]["patch_size"] == 4
+    assert {path.name for path in straight.iterdir()} == {"checkpoint.pt", "log.jsonl", "reconstructions.png"}
+
+
+def test_joint_training_learns_to_reconstruct(tmp_path, here):
+    """Eight images by heart, with self-supervision: the reconstruction's gradient gets through beside iBOT's."""
+    here(shapes_images=8, epochs=80, warmup_epochs=5, learning_rate=3e-3, log_every=5, out_dir=tmp_path)
+    l1 = [line["l1"] for line in log(tmp_path)[0]]
+    assert l1[-1] < 0.6 * l1[0]
+
+
+def test_the_teacher_follows_the_student(straight, tmp_path, here):
+    """An average of the student's past, of encoder and head: on the way from where both began, and not yet as far. The
+    prototypes are trained from the second epoch on, half of all steps."""
+    here(shapes_images=8, learning_rate=0, min_learning_rate=0, out_dir=tmp_path)  # one step that changes nothing
+    start, now = checkpoint(tmp_path), checkpoint(straight)
+    encoder, prototypes = "encoder.patch_embed.weight", "head.prototypes"
+    cases = [(start["tokenizer"][encoder], now["teacher"][encoder], now["tokenizer"][encoder]),
+             (start["head"]["prototypes"], now["teacher"][prototypes], now["head"]["prototypes"])]
+    for began, teacher, student in cases:
+        way, all_the_way = (teacher - began).flatten(), (student - began).flatten()
+        assert torch.cosine_similarity(way, all_the_way, dim=0) > 0.5
+        assert 0.001 < way.norm() / all_the_way.norm() < 0.2
+    assert torch.equal(start["teacher"][encoder], start["tokenizer"][encoder])
+    assert {int(each["step"]) for each in now["optimizer"]["state"].values()} == {10, 20}
+
+
+def test_latents_of_a_finished_run_are_normalised(straight):
+    """What stage 2 trains on: mean 0 and deviation 1 per channel over the training images, without doing anything."""
+    state = checkpoint(straight)
+    tcae = train_tokenizer.build_tokenizer(state["constants"]).requires_grad_(False)
+    tcae.load_state_dict(state["tokenizer"])
+    source = data.open_split("shapes", "train", 32, 80)
+    pixels = torch.from_numpy(np.stack([data.center_crop(source.load(i), 32) for i in range(80)]))
+    z = tcae.encode(data.to_float(pixels, "cpu")).double()
+    assert z.shape == (80, 6, 4, 4)
+    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(6).double(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(z.std((0, 2, 3), correction=0), torch.ones(6).double(), rtol=0, atol=1e-4)
+    assert not torch.equal(tcae.latent_std, torch.ones_like(tcae.latent_std))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stopped and resumed
+
+
+def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights(straight, tmp_path, here):
+    """SIGTERM in the middle saves and exits 0; resumed, with other workers, every tensor is the same bit for bit. In
+    between, starting again without resume and with another constant are both refused and change nothing."""
+    same = dict(epochs=2, freeze_prototypes_epochs=1, out_dir=tmp_path)
+    process = subprocess.Popen([sys.executable, "train_tokenizer.py", *arguments(**same)], cwd=ROOT, text=True,
+                               env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    path = tmp_path / "log.jsonl"
+    while not (path.exists() and path.read_text().count("\n")) and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "SIGTERM" in printed and str(tmp_path / "checkpoint.pt") in printed
+    stopped = checkpoint(tmp_path)["step"]
+    assert 0 < stopped < 20 and not checkpoint(tmp_path)["finished"]
+
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    refused = failure(here, **same)
+    assert f"out_dir={tmp_path}" in refused and "resume" in refused
+    refused = failure(here, **{**same, "resume": True, "learning_rate": 0.5, "workers": 1})
+    assert "learning_rate was 0.001, is 0.5" in refused and "workers" not in refused
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+    resumed = run_script("train_tokenizer.py", *arguments(**same, resume=True, workers=1, save_every=3))
+    assert f"at step {stopped}" in resumed.stdout
+    ours, theirs = checkpoint(tmp_path), checkpoint(straight)
+    assert {"tokenizer", "head", "teacher", "centers", "optimizer"} <= ours.keys()
+    ours, theirs = tensors(ours), tensors(theirs)
+    assert ours.keys() == theirs.keys() and len(ours) > 200
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    assert [line["step"] for line in log(tmp_path)[0]] == list(range(1, 21))
+
+
+def test_a_finished_run_that_is_resumed_changes_nothing(straight, here):
+    """A job that is queued again after its end: no further step, no other latents."""
+    before = tensors(checkpoint(straight))
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    here(epochs=2, freeze_prototypes_epochs=1, out_dir=straight, resume=True)
+    after = tensors(checkpoint(straight))
+    assert [name for name in before if not torch.equal(before[name], after[name])] == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Split
+
+
+@pytest.fixture(scope="module")
+def two_steps():
+    """Constants of a run of two steps."""
+    return dict(shapes_images=16, stats_images=16, warmup_epochs=0, learning_rate=1e-4)
+
+
+def assert_the_same_run(one, other):
+    """To float tolerance: the loss terms of both steps, the centres, the gradients and the weights. Adam divides each
+    gradient by its own size, so that where it is nearly 0 (a key's bias) its rounding decides the sign of an update."""
+    for a, b in zip(log(one)[0], log(other)[0], strict=True):
+        for name in "loss", "l1", "cls", "mim", "teacher_entropy", "grad_norm":
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=2e-5), name
+    a, b = checkpoint(one), checkpoint(other)
+    for name in a["centers"]:
+        torch.testing.assert_close(a["centers"][name], b["centers"][name], rtol=0, atol=1e-5)
+        assert a["centers"][name].abs().max() > 1e-3
+    gradients = [torch.cat([state["exp_avg"].flatten() for state in x["optimizer"]["state"].values()]) for x in (a, b)]
+    assert gradients[0].norm() > 0.05
+    assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
+    for part in "tokenizer", "head", "teacher":
+        x, y = (torch.cat([tensor.flatten() for name, tensor in tensors(state[part]).items() if "latent" not in name])
+                for state in (a, b))
+        assert (x - y).abs().mean() < 2e-7, part  # two updates move each weight by up to 2e-4
+
+
+@pytest.fixture(scope="module")
+def alone(two_steps, tmp_path_factory):
+    """The folder of the run in one process, without accumulation."""
+    out_dir = tmp_path_factory.mktemp("alone")
+    run_script("train_tokenizer.py", *arguments(**two_steps, out_dir=out_dir))
+    return out_dir
+
+
+def test_two_processes_with_half_the_batch_each_do_the_same(alone, two_steps, tmp_path):
+    """Loss, gradients, centres: eight GPUs train the same tokenizer as one."""
+    run_script("train_tokenizer.py", *arguments(**two_steps, out_dir=tmp_path), nproc=2)
+    assert_the_same_run(alone, tmp_path)
+
+
+def test_accumulation_does_the_same(alone, two_steps, tmp_path, here):
+    """Half the memory, the same step: losses and centres are of the whole batch."""
+    here(**two_steps, accumulate=2, out_dir=tmp_path)
+    assert_the_same_run(alone, tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One step, looked at closely
+
+
+def test_every_trained_parameter_gets_a_gradient_and_the_teacher_none(here):
+    """DistributedDataParallel hangs or fails on parameters without gradient; a teacher with one is no teacher. The
+    teacher sees what the student must guess: its targets change with the hidden pixels, the student's logits do not."""
+    script = vars(train_tokenizer)
+    for ssl_method in "ibot", "none":
+        constants = runtime.configure(script, arguments(ssl_method=ssl_method))
+        torch.manual_seed(0)
+        tcae, with_ssl = train_tokenizer.build_tokenizer(constants), ssl_method == "ibot"
+        head = IBOTHead(32, 32, prototypes=64) if with_ssl else None
+        teacher = torch.nn.ModuleDict({"encoder": train_tokenizer.build_tokenizer(constants).encoder,
+                                       "head": IBOTHead(32, 32, prototypes=64)}).requires_grad_(False)
+        model, ibot = JointTokenizer(tcae, head), ssl.IBOTLoss(64, "cpu") if with_ssl else None
+        views = train_tokenizer.StepViews(ssl.MultiCrop(32, (0.25, 1), 16, (0.05, 0.25), 2, 8) if with_ssl else None)
+        process = runtime.Processes("cpu", "float32")
+        loader = data.batches(data.Shapes("train", 8, 32), views, 8, 0, 1, 0, process)
+        batch, _ = next(iter(loader))
+        batch = {name: data.to_float(x, "cpu") if x.dtype == torch.uint8 else x for name, x in batch.items()}
+        loss, terms = train_tokenizer.losses(model, teacher, ibot, None, batch, 0.0, process)
+        loss.backward()
+        assert loss.item() == pytest.approx(terms["loss"].item())
+        assert ("cls" in terms) == with_ssl
+        for name, p in model.named_parameters():
+            assert (p.grad is not None) == p.requires_grad, name
+        assert tcae.encoder.mask_token.requires_grad == with_ssl
+        if with_ssl:
+            assert all(p.grad is None for p in teacher.parameters())
+            assert tcae.encoder.mask_token.grad.abs().sum() > 0
+            hidden = batch["mask"].repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
+            other = {**batch, "global_crops": torch.where(hidden, -batch["global_crops"], batch["global_crops"])}
+            with torch.no_grad():
+                assert torch.equal(model(batch["images"], batch)[1][1], model(batch["images"], other)[1][1])
+                changed = train_tokenizer.losses(model, teacher, ibot, None, other, 0.0, process)[1]
+            assert changed["mim"] != terms["mim"]
+
+
+def test_weight_decay_is_on_matrices_alone(here):
+    """Biases, norms and the learned tokens keep their size; everything that is trained is in one group."""
+    runtime.configure(vars(train_tokenizer), arguments(weight_decay=0.04))
+    model = JointTokenizer(train_tokenizer.build_tokenizer(vars(train_tokenizer)), IBOTHead(32, 32, prototypes=64))
+    optimizer = train_tokenizer.build_optimizer(model, torch.device("cpu"))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        plain = p.ndim == 1 or name.endswith(("cls_token", "mask_token"))
+        assert decay.pop(id(p)) == (0.0 if plain else 0.04), name
+    assert not decay
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other settings
+
+
+def test_without_self_supervision_it_trains_on_a_folder_of_images(tmp_path, here):
+    """The paper's baseline (Table 2), here without staged compression and on files: odd sizes, grey and colour."""
+    for split in "train", "test":
+        for k in range(2):
+            (tmp_path / split / f"class {k}").mkdir(parents=True)
+            for i in range(12):
+                image = data.Shapes("train", 100, 40).load(12 * k + i).resize((40 + i, 45))
+                path = tmp_path / split / f"class {k}" / f"{i}.{('png', 'jpg', 'webp')[i % 3]}"
+                image.convert("L" if i % 4 == 3 else "RGB").save(path)
+    out_dir = tmp_path / "out"
+    here(data_dir=tmp_path, ssl_method="none", stc_depth=0, compression="shuffle", epochs=5, stats_images=24,
+         out_dir=out_dir, pca_baseline=True, eval_every=5)
+    steps, validations = log(out_dir)
+    assert "cls" not in steps[0] and "grad_norm" in steps[0] and len(steps) == 15
+    assert all(line["loss"] == pytest.approx(0.1 * line["l1"], abs=1e-5) for line in steps)
+    assert [line["step"] for line in validations] == [5, 10, 15]
+    assert "head" not in checkpoint(out_dir)
+
+
+def test_a_loss_that_breaks_stops_the_run_and_keeps_the_checkpoint(tmp_path, here):
+    """With the step and the term, and the last checkpoint as it was before."""
+    message = failure(here, learning_rate=1e30, warmup_epochs=0, save_every=1, out_dir=tmp_path)
+    assert "step 2" in message and "learning_rate" in message and str(tmp_path / "checkpoint.pt") in message
+    assert any(f" {term} is " in message for term in ("loss", "l1", "cls", "mim", "grad_norm"))
+    assert checkpoint(tmp_path)["step"] == 1
+    assert [line["step"] for line in log(tmp_path)[0]] == [1]
+
+
+def test_vgg_weights_that_can_not_be_had_end_the_run_before_its_first_step(tmp_path):
+    """On a machine without network: which file, from where, to which path, and which constant does without it."""
+    closed = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    result = run_script("train_tokenizer.py", *arguments(lpips_weight=1, out_dir=tmp_path / "out"), ok=False,
+                        TORCH_HOME=tmp_path, no_proxy="", NO_PROXY="", **closed)
+    message = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 1 and message.startswith("error: ")
+    url = "https://download.pytorch.org/models/vgg16-397923af.pth"
+    path = tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth"
+    assert all(word in message for word in ("vgg16", url, str(path), "lpips_weight=0"))
+    assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(batch_size=9, accumulate=2), ["batch_size=9", "2"]),
+    (dict(batch_size=0), ["batch_size=0"]),
+    (dict(batch_size=96), ["batch_size=96", "80"]),
+    (dict(global_crop_size=36), ["global_crop_size=36", "8", "32", "40"]),
+    (dict(local_crop_size=12), ["local_crop_size=12", "8", "16"]),
+    (dict(patch_size=5, global_crop_size=40, local_crop_size=20), ["patch_size=5"]),
+    (dict(patch_size=3, stc_depth=0, ssl_method="none"), ["patch_size=3", "image_size=32"]),
+    (dict(downsample=12), ["downsample=12"]),
+    (dict(ssl_method="ibto"), ["ssl_method='ibto'", "ibot", "none"]),
+    (dict(stc_depth=3), ["stc_depth=3", "2"]),
+    (dict(compression="pool"), ["compression='pool'", "conv", "shuffle"]),
+    (dict(dtype="float16"), ["dtype='float16'"]),
+    (dict(epochs=0), ["epochs=0"]), (dict(save_every=0), ["save_every=0"]), (dict(prototypes=0), ["prototypes=0"]),
+    (dict(teacher_momentum=1.5), ["teacher_momentum=1.5"]),
+    (dict(global_crop_scale="(0.5, 0.2)"), ["global_crop_scale=(0.5, 0.2)"]),
+    (dict(data_dir="/nonexistent/images"), ["data_dir=/nonexistent/images"]),
+    (dict(patch_sise=8), ["patch_sise", "patch_size"]),
+])
+def test_a_wrong_constant_is_one_line_that_names_it(here, tmp_path, changes, words):
+    """And says what it may be; nothing is written."""
+    message = failure(here, **changes, out_dir=tmp_path / "out")
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "out").exists()
