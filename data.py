@@ -3,10 +3,12 @@
     ImageFolder, Shapes    sources: len(), classes, labels, load(i) -> a PIL image in RGB
     open_split             the training or validation half of `data_dir`
     center_crop, random_crop, to_float, to_uint8, psnr, save_grid    from image to tensor and back
+    Store                  an array on disk that many processes fill
     Augmented, Centered    torch datasets over a source
     batches                an endless, resumable stream of training batches
     in_order               every image once, for evaluation
 """
+import json
 import math
 import os
 import signal
@@ -27,7 +29,7 @@ BAD_SHARE = 0.01  # share of undecodable images above which a run stops
 
 
 class ImageFolder:
-    """root/CLASS/**/*.jpeg (JPEG, PNG, WebP): classes are the folders in alphabetical order, as in ImageNet's layout."""
+    """root/CLASS/**/*.jpeg (JPEG, PNG, WebP): classes are the folders in alphabetical order, as in ImageNet."""
 
     def __init__(self, root):
         self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
@@ -156,7 +158,7 @@ def open_split(data_dir, split, image_size, shapes_images):
         return Shapes(split, count, image_size)
     check(data_dir, "data_dir is empty: --data_dir=FOLDER with train/CLASS/*.jpg and val/CLASS/*.jpg, "
                     "or --data_dir=shapes for the built-in images")
-    check(not Path(data_dir).is_file(), f"data_dir={data_dir} is a file; it must be a folder, with train/ and val/ in it")
+    check(not Path(data_dir).is_file(), f"data_dir={data_dir} is a file; it must be a folder with train/ and val/")
     check(Path(data_dir).is_dir(), f"data_dir={data_dir}: there is no such folder")
     names = ("train",) if split == "train" else ("val", "test")
     found = [Path(data_dir, name) for name in names if Path(data_dir, name).is_dir()]
@@ -217,16 +219,69 @@ def psnr(a, b):
     return 10 * torch.log10(255**2 / mse.clamp(min=1e-10))
 
 
-def save_grid(path, images, columns):
-    """Writes uint8 images (N, H, W, 3) as one PNG, row by row; small ones are enlarged, pixels kept square."""
+def save_grid(path, images, columns, titles=()):
+    """Writes uint8 images (N, H, W, 3) as one PNG, row by row; small ones are enlarged, pixels kept square. `titles`
+    stand above the columns."""
     n, height, width, _ = images.shape
-    rows, scale = -(-n // columns), max(1, 96 // width)
-    canvas = np.full((rows * (height + 1), columns * (width + 1), 3), 255, np.uint8)
+    rows, scale, top = -(-n // columns), max(1, 96 // width), 14 if titles else 0
+    canvas = Image.new("RGB", (columns * (width * scale + 2), rows * (height * scale + 2) + top), "white")
     for k, image in enumerate(images.numpy()):
-        top, left = k // columns * (height + 1), k % columns * (width + 1)
-        canvas[top:top + height, left:left + width] = image
-    canvas = Image.fromarray(canvas)
-    canvas.resize((canvas.width * scale, canvas.height * scale), Image.NEAREST).save(path)
+        image = Image.fromarray(image).resize((width * scale, height * scale), Image.NEAREST)
+        canvas.paste(image, (k % columns * (width * scale + 2), k // columns * (height * scale + 2) + top))
+    for k, title in enumerate(titles):
+        ImageDraw.Draw(canvas).text((k * (width * scale + 2) + 2, 1), title[:width * scale // 6], fill="black")
+    canvas.save(path)
+
+
+class Store:
+    """An array on disk that many processes fill, item by item, and that outlives any of them: 4096 bytes of JSON that
+    say what it holds; a byte per item (0 = to do, 1 = done, 2 = can't be done); the items. Memory-mapped: `state`
+    (count,) uint8, `items` (count, *shape)."""
+
+    HEADER = 4096
+
+    def __init__(self, path, about, count, shape, dtype):
+        self.path = path
+        if not os.path.exists(path):
+            with open(f"{path}.tmp", "wb") as file:  # sparse: it takes up space as it is filled
+                file.write(json.dumps(about).encode().ljust(self.HEADER))
+                file.truncate(self.HEADER + count + count * math.prod(shape) * np.dtype(dtype).itemsize)
+            os.replace(f"{path}.tmp", path)
+        self.state = np.memmap(path, np.uint8, "r+", self.HEADER, (count,))
+        self.items = np.memmap(path, dtype, "r+", self.HEADER + count, (count, *shape))
+
+    @classmethod
+    def differences(cls, path, about):
+        """What the file at `path`, if there is one, says of itself that is not `about`, in words; "" if nothing."""
+        if not os.path.exists(path):
+            return ""
+        with open(path, "rb") as file:
+            try:
+                says = json.loads(file.read(cls.HEADER))
+            except ValueError:
+                return "it is no file of this project"
+        return "; ".join(f"{name} was {says.get(name)!r}, is {value!r}" for name, value in about.items()
+                         if says.get(name) != value)
+
+    @classmethod
+    def shared(cls, path, about, count, shape, dtype, processes):
+        """The store at `path` in every process; the first one makes it if need be."""
+        store = cls(path, about, count, shape, dtype) if processes.first else None
+        processes.wait()
+        return store or cls(path, about, count, shape, dtype)
+
+    def to_do(self, processes):
+        """This process's share of the items that are not done, as a list of indices. All must call it together."""
+        mine = np.flatnonzero(self.state == 0)[processes.rank::processes.count].tolist()
+        processes.wait()  # until all have looked: none may mark items as done before
+        return mine
+
+    def put(self, where, items):
+        self.items[where] = items
+        self.state[where] = 1  # after the items: what is marked is there
+
+    def flush(self):
+        self.items.flush(), self.state.flush()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -243,7 +298,7 @@ class Augmented(torch.utils.data.Dataset):
 
     def __getitem__(self, position):
         epoch, i = position
-        rng = np.random.default_rng([self.seed, epoch, i])
+        rng = np.random.default_rng([self.seed, 0, epoch, i])
         image, bad = try_load(self.source, i)
         while image is None and len(bad) < 100:
             image, more = try_load(self.source, int(rng.integers(len(self.source))))
@@ -252,7 +307,7 @@ class Augmented(torch.utils.data.Dataset):
 
 
 class Centered(torch.utils.data.Dataset):
-    """Item i is (image i, centre-cropped, uint8 (size, size, 3), or None where it can't be decoded; label; bad files)."""
+    """Item i is (image i, centre-cropped, uint8 (size, size, 3), None where it can't be decoded; label; bad files)."""
 
     def __init__(self, source, size):
         self.source, self.size = source, size
@@ -290,7 +345,7 @@ class Order:
         for step in range(self.start, self.steps):
             epoch, k = divmod(step, steps_per_epoch)
             if epoch != order_of:
-                order_of, order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.images)
+                order_of, order = epoch, np.random.default_rng([self.seed, 1, epoch]).permutation(self.images)
             first = k * self.batch_size + self.rank * self.accumulate * share
             for part in range(self.accumulate):
                 chosen = order[first + part * share:first + (part + 1) * share]
@@ -307,16 +362,16 @@ def collate_views(prepare, items):
 
 
 def collate_centered(items):
-    """[(pixels or None, label, bad files), …] -> (uint8 (b, size, size, 3), labels (b,), bad files) of the good ones."""
+    """[(pixels or None, label, bad files), …] -> (uint8 (b, size, size, 3), labels (b,), bad files), good ones only."""
     good = [item for item in items if item[0] is not None]
     pixels = torch.from_numpy(np.stack([item[0] for item in good])) if good else torch.zeros(0, 1, 1, 3).byte()
     return pixels, torch.tensor([item[1] for item in good]), sum((item[2] for item in items), [])
 
 
-def ignore_sigterm(_):
+def outlive_sigterm(_):
     """For loading workers: schedulers send SIGTERM to every process of a job, and the training process, which saves
-    then, still needs its workers for the step it is in."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    then, still needs its workers for the step it is in. They end half a minute later."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 def batches(source, transform, batch_size, start, steps, seed, processes, accumulate=1, workers=0):
@@ -327,7 +382,7 @@ def batches(source, transform, batch_size, start, steps, seed, processes, accumu
     order = Order(len(source), batch_size, start, steps, seed, processes.rank, processes.count, accumulate)
     return torch.utils.data.DataLoader(Augmented(source, transform, seed), batch_sampler=order, num_workers=workers,
                                        collate_fn=partial(collate_views, transform.prepare),
-                                       worker_init_fn=ignore_sigterm,
+                                       worker_init_fn=outlive_sigterm,
                                        pin_memory=processes.device.type == "cuda")
 
 
@@ -336,7 +391,8 @@ def in_order(source, size, batch_size, processes, workers=0, images=0):
     share. images: how many, evenly spread over the source; 0 = all."""
     chosen = np.linspace(0, len(source) - 1, min(images or len(source), len(source))).round().astype(int)
     subset = torch.utils.data.Subset(Centered(source, size), chosen[processes.rank::processes.count].tolist())
-    return torch.utils.data.DataLoader(subset, batch_size, num_workers=workers, collate_fn=collate_centered)
+    return torch.utils.data.DataLoader(subset, batch_size, num_workers=workers, collate_fn=collate_centered,
+                                       worker_init_fn=outlive_sigterm)
 
 
 class BadFiles:
@@ -349,7 +405,7 @@ class BadFiles:
         new = sorted(set(names) - self.seen)
         self.seen.update(new)
         for name in new:
-            processes.print(f"data_dir: {name} can't be decoded and is replaced by another ({len(self.seen)} so far)")
+            processes.print(f"data_dir: {name} can't be decoded and is left out ({len(self.seen)} so far)")
         if len(self.seen) > BAD_SHARE * len(self.source):
-            fail(f"data_dir: {len(self.seen)} of {len(self.source)} images can't be decoded, more than {BAD_SHARE:.0%}: "
+            fail(f"data_dir: {len(self.seen)} of {len(self.source)} images can't be decoded, over {BAD_SHARE:.0%}: "
                  + ", ".join(sorted(self.seen)))

@@ -53,7 +53,7 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D / heads)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        if x.device.type == "cpu":  # in bfloat16 the CPU's backward of attention is several times slower than in float32
+        if x.device.type == "cpu":  # attention's backward is several times slower in bfloat16 there
             with torch.autocast("cpu", enabled=False):
                 x = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
         else:
@@ -309,6 +309,20 @@ class TCAE(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(latent_channels, 1, 1))
         self.register_buffer("latent_std", torch.ones(latent_channels, 1, 1))
 
+    @classmethod
+    def from_constants(cls, constants):
+        """The tokenizer that a script's constants, or those in a checkpoint, describe."""
+        names = ("image_size", "patch_size", "downsample", "latent_channels", "encoder", "decoder", "stc_depth",
+                 "compression")
+        return cls(**{name: constants[name] for name in names})
+
+    @classmethod
+    def from_checkpoint(cls, saved):
+        """The trained tokenizer, frozen, from what stage 1 saved."""
+        tcae = cls.from_constants(saved["constants"])
+        tcae.load_state_dict(saved["tokenizer"])
+        return tcae.eval().requires_grad_(False)
+
     def encode(self, images):
         """Images (B, 3, H, W) in [-1, 1] -> z (B, c, H / f, W / f), zero mean and unit variance per channel."""
         _, tokens = self.encoder(images)
@@ -341,7 +355,8 @@ class IBOTHead(nn.Module):
 
     def forward(self, tokens):
         x = F.normalize(self.mlp(tokens).float(), dim=-1)
-        return F.linear(x, F.normalize(self.prototypes, dim=-1))
+        with torch.autocast(x.device.type, enabled=False):  # divided by a low temperature, bfloat16 would be too coarse
+            return F.linear(x, F.normalize(self.prototypes, dim=-1))
 
 
 def ssl_logits(encoder, head, crops, positions=None, mask=None):
@@ -428,7 +443,7 @@ class Modulated(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """A transformer block steered by the condition (adaLN-Zero: at first every gate is 0 and the block the identity)."""
+    """A transformer block steered by the condition (adaLN-Zero: at first all gates are 0, the block the identity)."""
 
     def __init__(self, width, heads):
         super().__init__()

@@ -2,8 +2,8 @@
 
     configure            the constants of a script, overridden by a config file and by the command line
     Processes            this process among the others: device, precision, sums over all, SIGTERM
-    save_checkpoint, load_checkpoint, check_resumable
-    Log                  log.jsonl, and the progress bar
+    save_checkpoint, load_checkpoint, check_resumable, fingerprint, latents_of
+    Log, Progress        log.jsonl, and the bar with it
     cosine               the learning rate's schedule (and the teacher's momentum)
     download             published weights, with a checksum
 """
@@ -24,11 +24,13 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 
-def fail(message):
-    """Ends the program with one line on standard error and exit status 1; of several processes only the first speaks."""
-    if int(os.environ.get("RANK", 0)) > 0:
+def fail(message, everywhere=True):
+    """Ends the program with one line on standard error and exit status 1. Of several processes only the first speaks,
+    unless what went wrong may be the matter of this one alone (everywhere=False)."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank > 0 and everywhere:
         raise SystemExit(1)
-    raise SystemExit(f"error: {message}")
+    raise SystemExit(f"error{f' in process {rank}' if rank else ''}: {message}")
 
 
 def check(condition, message):
@@ -95,7 +97,7 @@ def convert(name, value, default, where):
         fail(f"{where}: {name}={value!r} must be {words[wanted]}, as {default!r} is")
     for number in value if wanted is tuple else [value] if wanted in (int, float) else []:
         check(type(number) in (int, float) and 0 <= number < math.inf,
-              f"{where}: {name}={value} must be {'finite numbers' if wanted is tuple else 'a finite number'}, 0 or more")
+              f"{where}: {name}={value} must be {'finite numbers' if wanted is tuple else 'finite'}, 0 or more")
     return value
 
 
@@ -118,7 +120,7 @@ def print_help(script, source, names):
 class Processes:
     """This process among those that torchrun started, or alone.
 
-    rank, count: which of how many; `first` is rank 0, the one that writes. device: CUDA, MPS or CPU, whichever there is.
+    rank, count: which of how many; `first` is rank 0, the one that writes. device: CUDA, MPS or CPU, as there is.
     dtype: torch.bfloat16 for autocast where it pays, else torch.float32. stop: True once SIGTERM has arrived here.
     """
 
@@ -153,7 +155,7 @@ class Processes:
                 return torch.device("cuda", torch.cuda.current_device())
             return torch.zeros(0, device=name).device
         except Exception as error:
-            fail(f"device={name!r} can't be used here: {str(error).splitlines()[0]}")
+            fail(f"device={name!r} can't be used here: {str(error).splitlines()[0]}", everywhere=False)
 
     def device_name(self):
         return self.torch.cuda.get_device_name() if self.device.type == "cuda" else \
@@ -225,19 +227,40 @@ def save_checkpoint(path, state):
     os.replace(temporary, path)
 
 
-def load_checkpoint(path, name):
-    """The state in a checkpoint, on the CPU. `name` is the constant that `path` came from, for the messages."""
+def load_checkpoint(path, name, kind=None):
+    """The state in a checkpoint, on the CPU. `name` is the constant that `path` came from, for the messages. With
+    `kind`, "tokenizer" or "dit", it must be one, and a tokenizer's training must have ended."""
     import torch
     if not Path(path).is_file():
         fail(f"{name}={path}: there is no such checkpoint")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        fail(f"{name}={path} is not a checkpoint of this project, or it is damaged: {str(error).splitlines()[0]}")
+        fail(f"{name}={path} is not a checkpoint of this project, or it is damaged: "
+             f"{str(error).splitlines()[0]}", everywhere=False)
+    check(kind in (None, state.get("kind")), f"{name}={path} is a checkpoint of something else: {state.get('kind')}")
+    check(kind != "tokenizer" or state["finished"],
+          f"{name}={path} is of a run that has not ended, so its latents' mean and std are not measured yet: finish it "
+          "with --resume=True")
+    return state
+
+
+def fingerprint(weights, without=None):
+    """Sixteen hexadecimal digits for the tensors of a dict {name: tensor}, but for names that begin with `without`."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        if not (without and name.startswith(without)):
+            digest.update(name.encode() + weights[name].cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def latents_of(saved):
+    """The fingerprint of a tokenizer's latents: all but its decoder, which may be finetuned without changing them."""
+    return fingerprint(saved["tokenizer"], without="decoder.")
 
 
 def check_resumable(saved, constants, free):
-    """Fails, naming them, if any constant but those in `free` differs from the checkpoint's: the run would be another."""
+    """Fails, naming them, if constants other than `free` differ from the checkpoint's: it would be another run."""
     changed = [f"{name} was {saved.get(name)!r}, is {value!r}" for name, value in constants.items()
                if name not in free and saved.get(name) != value]
     check(not changed, "resume=True continues a run as it was begun, but " + "; ".join(changed)
@@ -265,17 +288,57 @@ class Log:
         self.file = open(path, "a", buffering=1)
 
     def write(self, **values):
-        self.file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}) + "\n")
+        values = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in values.items()}
+        self.file.write(json.dumps(values) + "\n")
 
 
-def check_finite(values, steps, names, path, bar):
-    """Fails at the first NaN or infinity in `values` (steps, terms), naming step and term; `path` is the checkpoint."""
-    for step, row in zip(steps, values.tolist()):
-        for name, value in zip(names, row):
-            if not math.isfinite(value):
-                bar.close()  # so that the message has a line of its own
-            check(math.isfinite(value), f"step {step}: {name} is {value}. The last good checkpoint stays in {path}; go on "
-                  "from it with --resume=True, or begin again with a smaller learning_rate")
+class Progress:
+    """What a training loop shows and writes while it runs: the bar, the log, and the check that all numbers are finite.
+
+    `add` a step's terms without waiting for the device; `report` waits for it, once for all steps since the last one.
+    """
+
+    def __init__(self, out_dir, start, steps, batch_size, processes):
+        from tqdm import tqdm
+        self.processes, self.batch_size, self.step = processes, batch_size, start
+        self.checkpoint = Path(out_dir, "checkpoint.pt")
+        self.log = Log(Path(out_dir, "log.jsonl"), start) if processes.first else None
+        self.bar = tqdm(total=steps, initial=start, disable=not processes.first, unit="step", smoothing=0.05)
+        self.pending, self.since = [], time.perf_counter()
+
+    def add(self, terms):
+        """terms: {name: scalar tensor}, the same names every step."""
+        self.pending.append(terms)
+        self.step += 1
+        self.bar.update()
+
+    def report(self, lr):
+        """Means over the steps since the last report and over all processes, to the log and the bar. Fails at the first
+        NaN or infinity, naming step and term."""
+        torch = self.processes.torch
+        names, first = list(self.pending[0]), self.step - len(self.pending) + 1
+        values = torch.stack([torch.stack(list(terms.values())) for terms in self.pending])  # (steps, terms)
+        values = (self.processes.sum(values) / self.processes.count).cpu()
+        for step, row in enumerate(values.tolist(), first):
+            for name, value in zip(names, row):
+                if not math.isfinite(value):
+                    self.bar.close()  # so that the message has a line of its own
+                    kept = f"The last good checkpoint stays in {self.checkpoint}. " if self.checkpoint.exists() else ""
+                    fail(f"step {step}: {name} is {value}. {kept}Begin again with a smaller learning_rate")
+        seconds = time.perf_counter() - self.since
+        speed, means = self.batch_size * len(self.pending) / seconds, dict(zip(names, values.mean(0).tolist()))
+        self.write(**means, lr=lr, seconds=seconds, images_per_second=speed)
+        self.bar.set_postfix({**{name: f"{value:.3f}" for name, value in means.items()}, "img/s": f"{speed:.0f}"})
+        self.pending = []
+        self.start_clock()
+
+    def start_clock(self):
+        """Leaves out of images/s what was done since the last report: a validation, a picture."""
+        self.since = time.perf_counter()
+
+    def write(self, **values):
+        if self.log:
+            self.log.write(step=self.step, **values)
 
 
 def cosine(step, steps, base, final, warmup=0):
@@ -302,7 +365,8 @@ def download(url, sha256, without):
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=True)
         except Exception as error:
-            fail(f"{path.name} could not be downloaded from {url} ({error}). Put it at {path}, or {without}")
+            fail(f"{path.name} could not be downloaded from {url} ({error}). Put it at {path}, or {without}",
+                 everywhere=False)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else \
             hashlib.sha256(file.read()).hexdigest()

@@ -26,10 +26,12 @@ class _Later:
         self._name = name
 
     def __getattr__(self, attribute):
+        if attribute.startswith("__"):  # inspect and doctest ask every object for these
+            raise AttributeError(attribute)
         return getattr(importlib.import_module(self._name), attribute)
 
 
-np, torch, F = _Later("numpy"), _Later("torch"), _Later("torch.nn.functional")
+np, torch = _Later("numpy"), _Later("torch")
 Image, ImageEnhance, ImageFilter, ImageOps = (_Later(f"PIL.{n}") for n in
                                               ("Image", "ImageEnhance", "ImageFilter", "ImageOps"))
 
@@ -38,8 +40,8 @@ Image, ImageEnhance, ImageFilter, ImageOps = (_Later(f"PIL.{n}") for n in
 
 
 def random_resized_crop(image, size, scale, rng):
-    """A random part of the image, `scale` (low, high) of its area, aspect 3/4 to 4/3, resized to size × size and flipped
-    half the time."""
+    """A random part of the image, `scale` (low, high) of its area, aspect 3/4 to 4/3, resized to size × size and
+    flipped half the time."""
     width, height = image.size
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
@@ -161,8 +163,8 @@ def by_view(views):
 
 
 class IBOTLoss:
-    """Cross-entropy of the student against softmax((teacher - centre) / teacher_temp), for [CLS] between different views
-    and for masked tokens within the same view. Its state are the two centres, (K,) each.
+    """Cross-entropy of the student against softmax((teacher - centre) / teacher_temp), for [CLS] between different
+    views and for masked tokens within the same view. Its state are the two centres, (K,) each.
 
     The centre is a moving average of the teacher's logits over the global batch: subtracting it keeps any prototype
     from winning every image; the low temperature keeps the output from becoming uniform. For patches the average is
@@ -214,7 +216,7 @@ class IBOTLoss:
 # The teacher's schedules; progress is the share of training that is done, 0 to 1
 
 
-def teacher_temperature(progress, warmup, start=0.04, end=0.07):
+def teacher_temperature(progress, warmup, start, end):
     """Linear from `start` to `end` over the first `warmup` of training."""
     return start + (end - start) * min(1.0, progress / warmup) if warmup else end
 

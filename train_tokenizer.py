@@ -9,12 +9,10 @@ Writes out_dir/checkpoint.pt, log.jsonl and reconstructions.png.
 """
 import copy
 import os
-import time
+from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -36,7 +34,7 @@ downsample = 32  # f: pixels per side of one latent position
 latent_channels = 128  # c (Table 10: 256, Table 11: 32)
 encoder = "S"  # S, B, L or width/depth/heads such as 128/4/4
 decoder = "S"  # the same (Fig. 8)
-stc_depth = 6  # M: the compression layer stands after block M; 0 = no staged compression (Table 6)
+stc_depth = 6  # M: the compression layer stands after block M; 0 = no staged compression (Table 6 calls that M = 12)
 compression = "conv"  # or "shuffle" (Table 8)
 
 # Objective
@@ -53,7 +51,8 @@ local_crops = 10  # how many per image
 local_crop_size = 96  # pixels
 local_crop_scale = (0.05, 0.25)  # share of the image's area
 teacher_momentum = 0.996  # rises to 1 along a cosine
-teacher_temp_warmup = 0.0375  # share of training over which τ_t rises from 0.04 to 0.07 (iBOT: 30 of 800 epochs)
+teacher_temp = (0.04, 0.07)  # τ_t at the start and after its warm-up; lower it if teacher_entropy stays near log K
+teacher_temp_warmup = 0.0375  # share of training over which τ_t rises (iBOT: 30 of 800 epochs)
 freeze_prototypes_epochs = 1.0  # epochs in which the head's last layer stays as it is
 
 # Optimisation (Table 7, left)
@@ -65,7 +64,7 @@ min_learning_rate = 1e-6  # at the end
 warmup_epochs = 5.0
 betas = (0.9, 0.95)  # AdamW
 weight_decay = 0.04  # of matrices; biases, norms and tokens have none
-grad_clip = 3.0  # largest norm of the gradient; 0 = any
+grad_clip = 3.0  # largest norm of the whole gradient; 0 = any
 
 # The run
 out_dir = "out/tokenizer"
@@ -81,20 +80,24 @@ val_images = 1000  # how many images a validation takes; 0 = all
 stats_images = 50000  # training images that the latents' mean and std are measured on
 pca_baseline = False  # True: at the end print PCA's PSNR with as many values per image; small images only
 
-FREE = {"out_dir", "resume", "device", "workers", "compile", "log_every", "save_every", "eval_every", "val_images",
-        "data_dir"}  # constants that a resumed run may change
+FREE = {"out_dir", "resume", "device", "workers", "compile", "accumulate", "log_every", "save_every", "eval_every",
+        "val_images", "data_dir"}  # constants that a resumed run may change
 
 
 def check_constants(processes):
     """What configure() can't know. Each message names the constant and says what to do."""
     check(ssl_method in ("ibot", "none"), f"ssl_method={ssl_method!r}: it is 'ibot' or 'none'")
-    for name in "epochs", "batch_size", "accumulate", "log_every", "save_every", "eval_every", "image_size", "patch_size", \
-            "downsample", "latent_channels", "prototypes", "head_hidden", "global_crop_size", "local_crop_size", \
-            "stats_images", "shapes_images":
+    for name in "epochs", "batch_size", "accumulate", "log_every", "save_every", "eval_every", "image_size", \
+            "patch_size", "downsample", "latent_channels", "prototypes", "head_hidden", "global_crop_size", \
+            "local_crop_size", "stats_images", "shapes_images":
         check(globals()[name] > 0, f"{name}={globals()[name]} must be at least 1")
     shares = processes.count * accumulate
     check(batch_size % shares == 0, f"batch_size={batch_size} must be a multiple of {shares} (processes × accumulate)")
+    for name in "warmup_epochs", "freeze_prototypes_epochs":
+        check(globals()[name] <= epochs, f"{name}={globals()[name]} is more than epochs={epochs}")
+    check(not pca_baseline or image_size <= 64, f"pca_baseline=True: image_size={image_size} must be at most 64 for it")
     check(teacher_momentum <= 1, f"teacher_momentum={teacher_momentum} must be between 0 and 1")
+    check(len(teacher_temp) == 2 and min(teacher_temp) > 0, f"teacher_temp={teacher_temp} must be two numbers above 0")
     check(len(betas) == 2 and max(betas) < 1, f"betas={betas} must be two numbers, each at least 0 and below 1")
     for name in ("global_crop_scale", "local_crop_scale"):
         pair = globals()[name]
@@ -106,6 +109,8 @@ def check_constants(processes):
             check(size % unit == 0, f"{name}={size} must be a multiple of {unit} pixels (patch_size={patch_size}"
                   f"{' × 2 for staged compression' if stc_depth else ''}): {max(1, size // unit) * unit} or "
                   f"{(size // unit + 1) * unit}")
+        check(global_crop_size >= 2 * unit,
+              f"global_crop_size={global_crop_size} must be at least {2 * unit}: a single token can't be masked")
 
 
 class StepViews:
@@ -125,21 +130,12 @@ class StepViews:
 
 def load_lpips(processes):
     """The LPIPS network (VGG), frozen: (B, 3, H, W) twice, in [-1, 1] -> (B, 1, 1, 1)."""
-    if processes.first:  # the others then find the file
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one process per machine; the others then find the file
         runtime.download("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af",
                          "do without the perceptual loss: --lpips_weight=0")
     processes.wait()
     import lpips
     return lpips.LPIPS(net="vgg", verbose=False).to(processes.device).requires_grad_(False)
-
-
-def build_tokenizer(constants):
-    """The TCAE that a script's or a checkpoint's constants describe."""
-    names = ("image_size", "patch_size", "downsample", "latent_channels", "encoder", "decoder", "stc_depth", "compression")
-    try:
-        return TCAE(**{name: constants[name] for name in names})
-    except ValueError as error:
-        runtime.fail(error)
 
 
 def build_optimizer(model, on):
@@ -148,12 +144,13 @@ def build_optimizer(model, on):
     tokens = {id(model.tcae.encoder.cls_token), id(model.tcae.encoder.mask_token)}
     decayed = [p for p in trained if p.ndim > 1 and id(p) not in tokens]
     kept = [p for p in trained if p.ndim <= 1 or id(p) in tokens]
-    return torch.optim.AdamW([{"params": decayed}, {"params": kept, "weight_decay": 0.0}], lr=learning_rate, betas=betas,
-                             weight_decay=weight_decay, fused=on.type in ("cuda", "cpu"))
+    return torch.optim.AdamW([{"params": decayed}, {"params": kept, "weight_decay": 0.0}], lr=learning_rate,
+                             betas=betas, weight_decay=weight_decay, fused=on.type in ("cuda", "cpu"))
 
 
-def losses(model, teacher, ibot, perceptual, views, progress, processes):
-    """One micro-batch forward -> the loss and its terms by name (scalars; those for the log alone among them)."""
+def losses(model, teacher, ibot, perceptual, views, share_done, processes):
+    """One micro-batch forward -> the loss and its terms by name (scalars; those for the log alone among them).
+    share_done: of the training, 0 to 1."""
     images = views["images"]
     with processes.autocast():
         reconstruction, student = model(images, views if ibot else None)
@@ -167,7 +164,7 @@ def losses(model, teacher, ibot, perceptual, views, progress, processes):
         rec = rec + lpips_weight * terms["lpips"]
     loss = alpha * rec  # Eq. 6, then Eq. 5
     if ibot:
-        temperature = ssl.teacher_temperature(progress, teacher_temp_warmup)
+        temperature = ssl.teacher_temperature(share_done, teacher_temp_warmup, *teacher_temp)
         ssl_terms, entropies = ibot(student, target, views["weights"], temperature)
         loss = loss + ssl_terms["cls"] + ssl_terms["mim"]
         terms.update(ssl_terms, **entropies)
@@ -176,21 +173,24 @@ def losses(model, teacher, ibot, perceptual, views, progress, processes):
 
 @torch.no_grad()
 def validate(tcae, source, bad_files, processes, picture):
-    """Mean PSNR (dB) of centre crops on 8 bits; the first process draws eight originals over their reconstructions."""
-    total, shown, bad = torch.zeros(2, dtype=torch.float64), None, []
+    """Mean PSNR (dB) of centre crops on 8 bits; and a picture of eight originals over their reconstructions."""
+    def reconstruct(pixels):
+        with processes.autocast():
+            return data.to_uint8(tcae(data.to_float(pixels, processes.device))).cpu()
+
+    total, bad = torch.zeros(2, dtype=torch.float64), []
     for pixels, _, names in data.in_order(source, image_size, eval_batch(), processes, images=val_images):
         bad += names
-        if not len(pixels):  # no file of this batch could be decoded
-            continue
-        with processes.autocast():
-            reconstruction = data.to_uint8(tcae(data.to_float(pixels, processes.device))).cpu()
-        total += torch.tensor([data.psnr(pixels, reconstruction).sum(), len(pixels)], dtype=torch.float64)
-        shown = (pixels[:8], reconstruction[:8]) if shown is None else shown
+        if len(pixels):  # any file of this batch could be decoded
+            psnr = data.psnr(pixels, reconstruct(pixels))
+            total += torch.tensor([psnr.sum(), len(psnr)], dtype=torch.float64)
     bad_files.report(processes.gather(bad), processes)
-    if processes.first and shown:
-        data.save_grid(picture, torch.cat(shown), columns=len(shown[0]))
-    total = processes.sum(total)
-    return (total[0] / total[1]).item()
+    psnr_sum, count = processes.sum(total).tolist()
+    check(count, "data_dir: no validation image could be decoded")
+    shown = next(iter(data.in_order(source, image_size, 8, SimpleNamespace(rank=0, count=1), images=8)))[0]
+    if processes.first and len(shown):
+        data.save_grid(picture, torch.cat([shown, reconstruct(shown)]), columns=len(shown))
+    return psnr_sum / count
 
 
 @torch.no_grad()
@@ -250,19 +250,27 @@ def main():
     saved = runtime.load_checkpoint(path, "out_dir") if resume and os.path.exists(path) else None
     if saved:
         runtime.check_resumable(saved["constants"], constants, FREE)
+        if saved["finished"]:
+            return print(f"{path} is finished: step {saved['step']}")
     processes = runtime.Processes(device, saved["dtype"] if saved else dtype, seed)
     check_constants(processes)
 
     train, val = (data.open_split(data_dir, split, image_size, shapes_images) for split in ("train", "val"))
     data.check_same_classes(train, val)
     check(batch_size <= len(train), f"batch_size={batch_size} is more than the {len(train)} training images")
+    check(not saved or saved["images"] == len(train),
+          f"data_dir={data_dir} has {len(train)} training images; the run in {out_dir} began with "
+          f"{saved and saved['images']}")
     steps_per_epoch = len(train) // batch_size
     steps, warmup_steps = epochs * steps_per_epoch, round(warmup_epochs * steps_per_epoch)
     processes.print(f"{len(train)} training and {len(val)} validation images, {len(train.classes)} classes; "
                     f"{steps} steps of {batch_size}")
 
     on = processes.device
-    tcae = build_tokenizer(constants).to(on)
+    try:
+        tcae = TCAE.from_constants(constants).to(on)
+    except ValueError as error:  # sizes that do not fit; it names the constant
+        runtime.fail(error)
     ibot = head = teacher = multi_crop = None
     if ssl_method == "ibot":
         head = IBOTHead(tcae.encoder.width, head_hidden, prototypes=prototypes).to(on)
@@ -275,7 +283,8 @@ def main():
     model = JointTokenizer(tcae, head)
     optimizer = build_optimizer(model, on)
     processes.print(f"parameters: encoder {count_parameters(tcae.encoder, tcae.bottleneck):.1f} M, "
-                    f"decoder {count_parameters(tcae.decoder):.1f} M" + (f", head {count_parameters(head):.1f} M" if head else ""))
+                    f"decoder {count_parameters(tcae.decoder):.1f} M"
+                    + (f", head {count_parameters(head):.1f} M" if head else ""))
 
     start = 0
     if saved:
@@ -293,8 +302,10 @@ def main():
             runtime.save_checkpoint(path, {
                 "kind": "tokenizer", "constants": constants, "dtype": str(processes.dtype).removeprefix("torch."),
                 "revision": runtime.git_revision(), "step": step, "finished": finished,
+                "images": len(train),
                 "tokenizer": tcae.state_dict(), "optimizer": optimizer.state_dict(),
-                **({"head": head.state_dict(), "teacher": teacher.state_dict(), "centers": ibot.centers} if ibot else {})})
+                **({"head": head.state_dict(), "teacher": teacher.state_dict(), "centers": ibot.centers}
+                   if ibot else {})})
 
     if compile and on.type == "cuda":
         torch._dynamo.config.cache_size_limit = 64  # one version per crop size, with and without gradient
@@ -308,11 +319,11 @@ def main():
 
     os.makedirs(out_dir, exist_ok=True)
     picture = os.path.join(out_dir, "reconstructions.png")
-    log = runtime.Log(os.path.join(out_dir, "log.jsonl"), start) if processes.first else None
-    bad_files = data.BadFiles(train)
-    loader = iter(data.batches(train, StepViews(multi_crop), batch_size, start, steps, seed, processes, accumulate, workers))
-    bar = tqdm(total=steps, initial=start, disable=not processes.first, unit="step", smoothing=0.05)
-    pending, bad, since = [], [], time.perf_counter()  # what the next line of the log will tell
+    bad_files, bad_val_files = data.BadFiles(train), data.BadFiles(val)
+    loader = iter(data.batches(train, StepViews(multi_crop), batch_size, start, steps, seed, processes, accumulate,
+                               workers))
+    progress = runtime.Progress(out_dir, start, steps, batch_size, processes)
+    bad = []  # files that could not be decoded since the last report
 
     for step in range(start, steps):
         # everything random here is decided by (seed, epoch, image); what a fork adds (dropout, …) by (seed, step, rank)
@@ -340,48 +351,37 @@ def main():
             ibot.update_centers(processes.sum)
             momentum = runtime.cosine(step, steps, teacher_momentum, 1.0)
             ssl.update_teacher(teachers, student, momentum)
-        pending.append((step + 1, step_terms))
-        bar.update()
+        progress.add(step_terms)
 
         done, stopping = step + 1, processes.stop_requested()
         last = done == steps
-        saving, evaluating = done % save_every == 0 or stopping or last, done % eval_every == 0 and not last
+        evaluating = done % eval_every == 0 and not last
+        saving = done % save_every == 0 or stopping or last
         if done % log_every == 0 or saving or evaluating:  # the only place that waits for the device
-            values = torch.stack([torch.stack(list(terms.values())) for _, terms in pending])
-            values = (processes.sum(values) / processes.count).cpu()
-            runtime.check_finite(values, [s for s, _ in pending], list(step_terms), path, bar)
+            progress.report(lr)
             bad_files.report(processes.gather(bad), processes)
-            seconds = time.perf_counter() - since
-            means = dict(zip(step_terms, values.mean(0).tolist()))
-            if processes.first:
-                log.write(step=done, **means, lr=lr, seconds=seconds,
-                          images_per_second=batch_size * len(pending) / seconds)
-            bar.set_postfix({**{name: f"{value:.3f}" for name, value in means.items()},
-                             "img/s": f"{batch_size * len(pending) / seconds:.0f}"})
-            pending, bad = [], []
-            if saving and not last:
-                save(done)
-            if stopping and not last:
-                processes.print(f"\nSIGTERM: saved {path} at step {done}; --resume=True goes on from there")
-                processes.close()
-                return
-            if evaluating:
-                psnr = validate(tcae, val, bad_files, processes, picture)
-                if processes.first:
-                    log.write(step=done, val_psnr=psnr)
-                    bar.write(f"step {done}: validation PSNR {psnr:.2f} dB")
-            since = time.perf_counter()
-    bar.close()
+            bad = []
+        if saving:
+            save(done)
+        if stopping:
+            progress.bar.close()
+            processes.print(f"SIGTERM: saved {path} at step {done}; --resume=True goes on from there")
+            return processes.close()
+        if evaluating:
+            psnr = validate(tcae, val, bad_val_files, processes, picture)
+            progress.write(val_psnr=psnr)
+            progress.bar.write(f"step {done}: validation PSNR {psnr:.2f} dB") if processes.first else None
+            progress.start_clock()
+    progress.bar.close()
 
     measure_latents(tcae, train, bad_files, processes)
     save(steps, finished=True)
-    psnr = validate(tcae, val, bad_files, processes, picture)
+    psnr = validate(tcae, val, bad_val_files, processes, picture)
     baseline = ""
     if pca_baseline:
         values = latent_channels * (image_size // downsample) ** 2
         baseline = f" (PCA with the same {values} values per image: {pca_psnr(train, val, values, processes):.2f} dB)"
-    if processes.first:
-        log.write(step=steps, val_psnr=psnr)
+    progress.write(val_psnr=psnr)
     processes.print(f"wrote {path} and {picture}: step {steps}, validation PSNR {psnr:.2f} dB{baseline}")
     processes.close()
 

@@ -265,6 +265,18 @@ def test_a_resumed_loader_gives_the_same_tensors(workers):
     assert not torch.equal(whole[0][0]["images"], whole[3][0]["images"])
 
 
+def test_loading_warns_of_nothing(recwarn):
+    """A warning per worker and epoch would push the bar off the screen; torch shows most of its own only once."""
+    views = StepViews(None)
+    views.image_size = 32
+    torch.set_warn_always(True)
+    try:
+        list(data.batches(data.Shapes("train", 8, 32), views, 4, 0, 2, 0, process()))
+    finally:
+        torch.set_warn_always(False)
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_evaluation_takes_each_image_once(count):
     """Shared by all processes, none dropped, none twice; a part of them is spread evenly over the classes."""
@@ -290,7 +302,8 @@ def adm_center_crop(image, size):
     return pixels[top:top + size, left:left + size]
 
 
-@pytest.mark.parametrize("width, height", [(32, 32), (33, 45), (61, 40), (20, 50)])
+@pytest.mark.parametrize("width, height", [(32, 32), (33, 45), (61, 40), (20, 50), (128, 128), (70, 64), (131, 97),
+                                           (65, 64), (99, 200), (129, 259)])
 def test_center_crop_is_adm_s(width, height):
     """Reference statistics for FID come from images that were cropped like this; a shift by a pixel shows in PSNR."""
     image = photo(width, height)
@@ -335,7 +348,12 @@ def test_grid_shows_every_image_in_its_place(tmp_path):
     levels = torch.arange(6, dtype=torch.uint8) * 40
     data.save_grid(tmp_path / "grid.png", levels[:, None, None, None].expand(6, 8, 8, 3), columns=3)
     pixels = np.asarray(Image.open(tmp_path / "grid.png"))
-    scale = pixels.shape[0] // 18
-    assert scale > 1 and pixels.shape == (18 * scale, 27 * scale, 3)
-    middles = pixels[4 * scale::9 * scale, 4 * scale::9 * scale, 0]
+    rows, columns = pixels.shape[0] // 2, pixels.shape[1] // 3
+    assert rows == columns and 16 < rows < 2 * 96 and pixels.shape == (2 * rows, 3 * columns, 3)
+    middles = pixels[rows // 2::rows, columns // 2::columns, 0]
     assert middles.tolist() == [[0, 40, 80], [120, 160, 200]]
+    data.save_grid(tmp_path / "titled.png", levels[:, None, None, None].expand(6, 8, 8, 3), 3, ["a", "b", "c"])
+    titled = np.asarray(Image.open(tmp_path / "titled.png"))
+    top = len(titled) - len(pixels)
+    assert top > 8 and np.array_equal(titled[top:], pixels)
+    assert all((titled[:top, k * columns:(k + 1) * columns] < 128).any() for k in range(3)), "a title above each column"

@@ -39,7 +39,8 @@ def test_every_patch_size_and_stc_depth_gives_the_same_latent_shape(patch_size, 
         assert len(tcae.encoder.stage2) == len(tcae.decoder.stage2) == 3 - stc_depth
 
 
-@pytest.mark.parametrize("patch_size, downsample, image_size, width", [(8, 4, 32, 32), (6, 2, 24, 36), (2, 10, 40, 32)])
+@pytest.mark.parametrize("patch_size, downsample, image_size, width", [(8, 4, 32, 32), (6, 2, 24, 36), (2, 10, 40, 32),
+                                                                          (10, 2, 40, 100)])
 def test_grids_of_any_whole_ratio(patch_size, downsample, image_size, width):
     """Not only powers of two, in either direction."""
     size = f"{width}/1/2"
@@ -265,7 +266,8 @@ def test_latents_come_normalised_and_decode_undoes_it():
 
 
 @pytest.mark.parametrize("changes, name", [
-    (dict(encoder="36/2"), "36/2"), (dict(encoder="32/2/3"), "32/2/3"), (dict(decoder="30/2/2"), "30/2/2"),
+    (dict(encoder="XL"), "encoder='XL'"), (dict(encoder="36/2"), "encoder='36/2'"),
+    (dict(encoder="32/2/3"), "encoder='32/2/3'"), (dict(decoder="30/2/2"), "decoder='30/2/2'"),
     (dict(stc_depth=3), "stc_depth=3"),
     (dict(compression="pool"), "compression='pool'"),
     (dict(image_size=36), "image_size=36"), (dict(patch_size=5), "patch_size=5"),

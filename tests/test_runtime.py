@@ -3,6 +3,7 @@ import hashlib
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,6 +81,8 @@ def test_values_as_a_person_types_them(configure, argument, name, value):
     ("--size=True", ["size", "whole number"]), ("--on=1", ["on", "True or False"]), ("--on=maybe", ["on", "maybe"]),
     ("--rate=fast", ["rate", "number"]), ("--rate=nan", ["rate"]), ("--rate=inf", ["rate"]), ("--rate=1e999", ["rate"]),
     ("--size=-1", ["size", "-1"]), ("--rate=-0.1", ["rate", "-0.1"]), ("--pair=0.5", ["pair", "tuple"]),
+    ("--pair=('a', 'b')", ["pair", "finite numbers"]), ("--pair=(0.5, -1)", ["pair", "-1"]),
+    ("--pair=(0.5, 1e999)", ["pair", "inf"]), ("--pair=(0.5, True)", ["pair", "True"]),
     ("--size", ["--size", "--name=value"]), ("-size=3", ["--name=value"]), ("--size 3", ["--name=value"]),
     ("missing.py", ["missing.py", "config file"]), ("size=3", ["size=3", "--name=value"]),
 ])
@@ -222,6 +225,21 @@ def test_log_forgets_what_came_after_the_checkpoint(tmp_path):
     assert lines[0]["loss"] == pytest.approx(1 / 3, abs=1e-6) and lines[3]["loss"] == 1.0
 
 
+def test_log_survives_a_half_written_last_line(tmp_path):
+    """A full disk or a killed machine: the run must still be resumable."""
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
+    runtime.Log(path, 1).write(step=2, loss=1.0)
+    assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [2.0, 1.0]
+
+
+def test_log_keeps_six_digits_of_small_numbers(tmp_path):
+    """Six decimals would write the last learning rates as 0."""
+    path = tmp_path / "log.jsonl"
+    runtime.Log(path, 0).write(step=1, lr=1.23456789e-7, loss=123.456789)
+    assert json.loads(path.read_text()) == {"step": 1, "lr": 1.23457e-7, "loss": 123.457}
+
+
 def test_cosine_end_points():
     """Linear from above 0 to the base rate, half a cosine down to the final one, the middle in the middle."""
     rate = [runtime.cosine(step, 110, 1e-3, 1e-6, warmup=10) for step in range(111)]
@@ -235,13 +253,19 @@ def test_cosine_end_points():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_loss_that_is_not_finite_is_named(value):
-    """Which step, which term, where the last good checkpoint is, and which constant to turn."""
-    values = torch.tensor([[1.0, 2.0], [1.0, 2.0]])
-    runtime.check_finite(values, [7, 8], ["l1", "mim"], "out/x/checkpoint.pt")
-    values[1, 1] = value
-    message = failure(runtime.check_finite, values, [7, 8], ["l1", "mim"], "out/x/checkpoint.pt")
-    assert all(word in message for word in ("step 8", "mim", "out/x/checkpoint.pt", "learning_rate"))
+def test_a_loss_that_is_not_finite_is_named(tmp_path, value):
+    """Which step, which term, where the last good checkpoint is, and which constant to turn. No line of the log tells
+    of it, and the bar is closed, so that the message does not stand at its end."""
+    alone = SimpleNamespace(first=True, count=1, torch=torch, sum=lambda tensor: tensor)
+    progress = runtime.Progress(tmp_path, 5, 20, 8, alone)
+    for mim in 2.0, 4.0, 2.0, value:
+        progress.add({"l1": torch.tensor(1.0), "mim": torch.tensor(mim)})
+        if progress.step == 7:
+            progress.report(lr=0.1)
+    message = failure(progress.report, 0.1)
+    assert all(word in message for word in ("step 9", "mim", str(tmp_path / "checkpoint.pt"), "learning_rate"))
+    line, = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert (line["step"], line["l1"], line["mim"], line["lr"]) == (7, 1.0, 3.0, 0.1) and progress.bar.disable
     assert "l1" not in message
 
 

@@ -181,9 +181,9 @@ def test_by_view_sorts_by_view_and_finds_the_masked_tokens():
 
 def test_teacher_temperature_rises_linearly_and_stays():
     """0.04 at the start, 0.07 from the end of the warm-up on; without warm-up 0.07 at once."""
-    schedule = [ssl.teacher_temperature(progress, 0.5) for progress in (0, 0.25, 0.5, 0.75, 1)]
+    schedule = [ssl.teacher_temperature(progress, 0.5, 0.04, 0.07) for progress in (0, 0.25, 0.5, 0.75, 1)]
     assert schedule == pytest.approx([0.04, 0.055, 0.07, 0.07, 0.07])
-    assert ssl.teacher_temperature(0, 0.0) == 0.07
+    assert ssl.teacher_temperature(0, 0.0, 0.04, 0.07) == 0.07
 
 
 def test_teacher_is_a_moving_average_of_the_student():

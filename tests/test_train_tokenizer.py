@@ -1,5 +1,6 @@
 """Stage 1 end to end, with a network of a few thousand parameters: stopped, resumed, split, accumulated, refused."""
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import runtime
 import ssl
 import train_tokenizer
 from conftest import ROOT, clean_environment, run_script
-from model import IBOTHead, JointTokenizer
+from model import TCAE, IBOTHead, JointTokenizer
 
 TINY = dict(data_dir="shapes", shapes_images=80, image_size=32, patch_size=4, downsample=8, latent_channels=6,
             encoder="32/2/2", decoder="32/2/2", stc_depth=1, lpips_weight=0, prototypes=64, head_hidden=32,
@@ -123,7 +124,7 @@ def test_the_teacher_follows_the_student(straight, tmp_path, here):
 def test_latents_of_a_finished_run_are_normalised(straight):
     """What stage 2 trains on: mean 0 and deviation 1 per channel over the training images, without doing anything."""
     state = checkpoint(straight)
-    tcae = train_tokenizer.build_tokenizer(state["constants"]).requires_grad_(False)
+    tcae = TCAE.from_constants(state["constants"]).requires_grad_(False)
     tcae.load_state_dict(state["tokenizer"])
     source = data.open_split("shapes", "train", 32, 80)
     pixels = torch.from_numpy(np.stack([data.center_crop(source.load(i), 32) for i in range(80)]))
@@ -139,15 +140,17 @@ def test_latents_of_a_finished_run_are_normalised(straight):
 
 
 def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights(straight, tmp_path, here):
-    """SIGTERM in the middle saves and exits 0; resumed, with other workers, every tensor is the same bit for bit. In
-    between, starting again without resume and with another constant are both refused and change nothing."""
+    """SIGTERM midway saves and exits 0, though the loading worker gets it too, as from a scheduler. Resumed, with
+    other workers, every tensor is the same bit for bit. In between, starting again without resume and with another
+    constant are both refused and change nothing."""
     same = dict(epochs=2, freeze_prototypes_epochs=1, out_dir=tmp_path)
-    process = subprocess.Popen([sys.executable, "train_tokenizer.py", *arguments(**same)], cwd=ROOT, text=True,
-                               env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "train_tokenizer.py", *arguments(**same, workers=1)], cwd=ROOT,
+                               text=True, env=clean_environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                               start_new_session=True)
     path = tmp_path / "log.jsonl"
     while not (path.exists() and path.read_text().count("\n")) and process.poll() is None:
         time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "SIGTERM" in printed and str(tmp_path / "checkpoint.pt") in printed
     stopped = checkpoint(tmp_path)["step"]
@@ -156,11 +159,11 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights(straight, 
     before = (tmp_path / "checkpoint.pt").read_bytes()
     refused = failure(here, **same)
     assert f"out_dir={tmp_path}" in refused and "resume" in refused
-    refused = failure(here, **{**same, "resume": True, "learning_rate": 0.5, "workers": 1})
+    refused = failure(here, **{**same, "resume": True, "learning_rate": 0.5})
     assert "learning_rate was 0.001, is 0.5" in refused and "workers" not in refused
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
-    resumed = run_script("train_tokenizer.py", *arguments(**same, resume=True, workers=1, save_every=3))
+    resumed = run_script("train_tokenizer.py", *arguments(**same, resume=True, save_every=3))
     assert f"at step {stopped}" in resumed.stdout
     ours, theirs = checkpoint(tmp_path), checkpoint(straight)
     assert {"tokenizer", "head", "teacher", "centers", "optimizer"} <= ours.keys()
@@ -239,9 +242,9 @@ def test_every_trained_parameter_gets_a_gradient_and_the_teacher_none(here):
     for ssl_method in "ibot", "none":
         constants = runtime.configure(script, arguments(ssl_method=ssl_method))
         torch.manual_seed(0)
-        tcae, with_ssl = train_tokenizer.build_tokenizer(constants), ssl_method == "ibot"
+        tcae, with_ssl = TCAE.from_constants(constants), ssl_method == "ibot"
         head = IBOTHead(32, 32, prototypes=64) if with_ssl else None
-        teacher = torch.nn.ModuleDict({"encoder": train_tokenizer.build_tokenizer(constants).encoder,
+        teacher = torch.nn.ModuleDict({"encoder": TCAE.from_constants(constants).encoder,
                                        "head": IBOTHead(32, 32, prototypes=64)}).requires_grad_(False)
         model, ibot = JointTokenizer(tcae, head), ssl.IBOTLoss(64, "cpu") if with_ssl else None
         views = train_tokenizer.StepViews(ssl.MultiCrop(32, (0.25, 1), 16, (0.05, 0.25), 2, 8) if with_ssl else None)
@@ -270,7 +273,7 @@ def test_every_trained_parameter_gets_a_gradient_and_the_teacher_none(here):
 def test_weight_decay_is_on_matrices_alone(here):
     """Biases, norms and the learned tokens keep their size; everything that is trained is in one group."""
     runtime.configure(vars(train_tokenizer), arguments(weight_decay=0.04))
-    model = JointTokenizer(train_tokenizer.build_tokenizer(vars(train_tokenizer)), IBOTHead(32, 32, prototypes=64))
+    model = JointTokenizer(TCAE.from_constants(vars(train_tokenizer)), IBOTHead(32, 32, prototypes=64))
     optimizer = train_tokenizer.build_optimizer(model, torch.device("cpu"))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
@@ -300,6 +303,31 @@ def test_without_self_supervision_it_trains_on_a_folder_of_images(tmp_path, here
     assert all(line["loss"] == pytest.approx(0.1 * line["l1"], abs=1e-5) for line in steps)
     assert [line["step"] for line in validations] == [5, 10, 15]
     assert "head" not in checkpoint(out_dir)
+
+
+def test_without_local_crops_it_trains(tmp_path, here):
+    """iBOT's other recipe: two global crops alone."""
+    here(local_crops=0, out_dir=tmp_path)
+    assert checkpoint(tmp_path)["finished"]
+
+
+def test_validation_does_not_depend_on_the_log_s_rhythm(tmp_path, here):
+    """Each constant counts steps by itself."""
+    here(eval_every=3, log_every=4, save_every=100, out_dir=tmp_path)
+    assert [line["step"] for line in log(tmp_path)[1]] == [3, 6, 9, 10]
+
+
+def test_a_validation_batch_without_any_good_image(tmp_path, here, monkeypatch):
+    """The last batch may be one broken file: it counts for nothing, and the run goes on."""
+    monkeypatch.setattr(train_tokenizer, "eval_batch", lambda: 4)
+    monkeypatch.setattr(data, "BAD_SHARE", 0.5)
+    for split, count in ("train", 8), ("val", 5):
+        (tmp_path / split / "class").mkdir(parents=True)
+        for i in range(count):
+            data.Shapes(split, 10, 32).load(i).save(tmp_path / split / "class" / f"{i}.png")
+    (tmp_path / "val" / "class" / "4.png").write_bytes(b"")
+    here(data_dir=tmp_path, out_dir=tmp_path / "out")
+    assert checkpoint(tmp_path / "out")["finished"] and log(tmp_path / "out")[1][0]["val_psnr"] > 5
 
 
 def test_a_loss_that_breaks_stops_the_run_and_keeps_the_checkpoint(tmp_path, here):
@@ -338,6 +366,8 @@ def test_vgg_weights_that_can_not_be_had_end_the_run_before_its_first_step(tmp_p
     (dict(compression="pool"), ["compression='pool'", "conv", "shuffle"]),
     (dict(dtype="float16"), ["dtype='float16'"]),
     (dict(epochs=0), ["epochs=0"]), (dict(save_every=0), ["save_every=0"]), (dict(prototypes=0), ["prototypes=0"]),
+    (dict(accumulate=0), ["accumulate=0"]), (dict(shapes_images=0), ["shapes_images=0"]),
+    (dict(betas="(0.9, 1.0)"), ["betas=(0.9, 1.0)"]), (dict(betas="('a', 'b')"), ["betas="]),
     (dict(teacher_momentum=1.5), ["teacher_momentum=1.5"]),
     (dict(global_crop_scale="(0.5, 0.2)"), ["global_crop_scale=(0.5, 0.2)"]),
     (dict(data_dir="/nonexistent/images"), ["data_dir=/nonexistent/images"]),

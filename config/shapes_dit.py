@@ -1,0 +1,15 @@
+"""The generator on the shapes' latents, after config/shapes_tokenizer.py: two CPU cores, minutes."""
+tokenizer = "out/shapes_tokenizer/checkpoint.pt"
+out_dir = "out/shapes_dit"
+workers = 1
+size = "192/6/6"
+epochs = 8
+batch_size = 128
+learning_rate = 1e-3
+decay_epoch = 3.0
+warmup_steps = 50
+ema_momentum = 0.99
+log_every = 50
+save_every = 500
+sample_every = 500
+sample_cfg_scale = 2.0

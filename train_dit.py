@@ -1,0 +1,334 @@
+"""Stage 2: the generator, a LightningDiT trained by flow matching on the tokenizer's latents (Sec. 4.1).
+
+    python train_dit.py config/shapes_dit.py                                     # after stage 1's demo
+    torchrun --nproc_per_node=8 train_dit.py --tokenizer=out/tokenizer/checkpoint.pt --data_dir=imagenet
+
+The first run encodes the data set and its mirror image once, into latents.cache (ImageNet at 8 × 8 × 128: 42 GB on
+disk, memory-mapped, so never in memory); a cut-off encoding goes on where it stopped. What there is to know of the
+tokenizer is read from its checkpoint. Writes out_dir/checkpoint.pt, log.jsonl and samples.png.
+"""
+import copy
+import os
+
+import numpy as np
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import runtime
+from model import DiTBlock, LightningDiT, TCAE, flow_matching_loss, guided, sample_flow, shift_time
+from runtime import check
+
+# Data
+tokenizer = "out/tokenizer/checkpoint.pt"  # stage 1's checkpoint
+data_dir = ""  # as in stage 1; "" = the tokenizer's own
+cache = ""  # the file of latents; "" = out_dir/latents.cache
+rebuild_cache = False  # True: encode again although there is a cache (of another tokenizer or data)
+cache_latents = True  # False: encode every batch on the fly instead, the same batches without a cache
+workers = 4  # loading processes per training process; 0 = load in the training process
+
+# Generator
+size = "XL"  # S, B, L, XL (675 M) or width/depth/heads such as 192/6/6
+label_dropout = 0.1  # share of labels replaced by the null class, for guidance
+
+# Optimisation (RAE's recipe; 80 epochs for the ablations, 800 for Table 4)
+epochs = 80
+batch_size = 1024  # images per step, over all processes
+accumulate = 1  # micro-batches per step and process
+learning_rate = 2e-4
+min_learning_rate = 2e-5  # at the end, if it decays
+decay_epoch = 0.0  # from this epoch to the last the rate falls linearly (Table 4: 40 of 800); 0 = it is constant
+warmup_steps = 0
+betas = (0.9, 0.95)  # AdamW
+weight_decay = 0.0
+grad_clip = 1.0  # largest norm of the gradient; 0 = any
+ema_momentum = 0.9995
+
+# The run
+out_dir = "out/dit"
+resume = False  # True: go on from out_dir/checkpoint.pt if there is one
+seed = 0
+device = "auto"  # cuda, mps or cpu
+dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
+compile = True  # torch.compile the transformer blocks, on CUDA
+log_every = 100  # steps
+save_every = 5000  # steps between checkpoints
+sample_every = 5000  # steps between pictures of EMA samples
+sample_steps = 50  # Euler steps for those pictures
+sample_cfg_scale = 1.0  # guidance for those pictures; 1 = none
+
+FREE = {"out_dir", "resume", "device", "workers", "compile", "log_every", "save_every", "sample_every", "sample_steps",
+        "sample_cfg_scale", "data_dir", "cache", "rebuild_cache", "cache_latents", "tokenizer"}
+
+
+def check_constants(processes):
+    """What configure() can't know. Each message names the constant."""
+    shares = processes.count * accumulate
+    check(batch_size > 0 and accumulate > 0 and batch_size % shares == 0,
+          f"batch_size={batch_size} must be a multiple of {shares} (processes × accumulate)")
+    for name in "epochs", "log_every", "save_every", "sample_every", "sample_steps":
+        check(globals()[name] > 0, f"{name}={globals()[name]} must be at least 1")
+    for name in "label_dropout", "ema_momentum":
+        check(globals()[name] <= 1, f"{name}={globals()[name]} must be between 0 and 1")
+    check(decay_epoch <= epochs, f"decay_epoch={decay_epoch} must not be later than epochs={epochs}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Latents, once
+
+
+class Latents:
+    """The cache as a source for data.Augmented: load(i) gives (z (2, c, h, w) in float16, normalised, of the image and
+    of its mirror image; label)."""
+
+    def __init__(self, store, labels):
+        self.store, self.labels = store, labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def load(self, i):
+        if self.store.state[i] != 1:
+            raise OSError("this image could not be decoded")
+        return self.store.items[i], self.labels[i]
+
+    def name(self, i):
+        return f"image {i} of {self.store.path}"
+
+
+class Pairs:
+    """A source like Latents, of pixels: load(i) gives ((image, mirror image) uint8 (2, H, W, 3), label). The cache is
+    made from it; without a cache its batches are encoded on the fly."""
+
+    def __init__(self, source, image_size):
+        self.source, self.image_size, self.labels = source, image_size, source.labels
+
+    def __len__(self):
+        return len(self.source)
+
+    def load(self, i):
+        pixels = data.center_crop(self.source.load(i), self.image_size)
+        return np.stack([pixels, pixels[:, ::-1]]), self.labels[i]
+
+    def name(self, i):
+        return self.source.name(i)
+
+
+class ToEncode(torch.utils.data.Dataset):
+    """Item i is (i, pixels (2, H, W, 3) or None where the file can't be decoded, bad files)."""
+
+    def __init__(self, pairs):
+        self.pairs = pairs
+
+    def __getitem__(self, i):
+        loaded, bad = data.try_load(self.pairs, i)
+        return i, loaded and loaded[0], bad
+
+
+def encode_pixels(tcae, pixels, processes):
+    """uint8 (B, H, W, 3) -> z (B, c, h, w), rounded to float16 as in the cache."""
+    with torch.no_grad(), processes.autocast():
+        return tcae.encode(data.to_float(pixels, processes.device)).half()
+
+
+def fill_cache(store, tcae, pairs, bad_files, processes):
+    """Encodes what the cache still lacks, each process its share."""
+    subset, bad = torch.utils.data.Subset(ToEncode(pairs), store.to_do(processes)), []
+    loader = torch.utils.data.DataLoader(subset, batch_size=max(1, min(128, 128**3 // pairs.image_size**2)),
+                                         num_workers=workers, collate_fn=list, worker_init_fn=data.outlive_sigterm)
+    for items in tqdm(loader, desc="encoding the data set once", disable=not processes.first):
+        good = [(i, pixels) for i, pixels, _ in items if pixels is not None]
+        if good:
+            pixels = torch.from_numpy(np.concatenate([pair for _, pair in good]))  # (2 b, H, W, 3)
+            z = encode_pixels(tcae, pixels, processes).cpu().unflatten(0, (-1, 2))
+            store.put([i for i, _ in good], z.numpy())
+        for i, _, names in items:
+            if names:
+                store.state[i] = 2
+                bad += names
+        if processes.stop:  # each process by itself: their numbers of batches differ
+            store.flush()
+            processes.print(f"SIGTERM: {store.path} keeps what is encoded; the next run goes on from there")
+            raise SystemExit(0)
+    store.flush()
+    processes.wait()
+    bad_files.report(processes.gather(bad), processes)
+
+
+class Example:
+    """(z pair or pixel pair, label) and an rng -> what one training example takes. Mirror image or not, noise, time and
+    the dropped label come from the rng, so that (seed, epoch, image) decides them for any number of processes."""
+
+    def __init__(self, latent_shape, null_class):
+        self.latent_shape, self.null_class = latent_shape, null_class
+
+    def __call__(self, loaded, rng):
+        pair, label = loaded
+        example = pair[int(rng.random() < 0.5)]
+        t = 1 / (1 + np.exp(-rng.standard_normal()))  # logit-normal(0, 1)
+        return {"pixels" if example.dtype == np.uint8 else "z": np.array(example), "t": np.float32(t),
+                "noise": rng.standard_normal(self.latent_shape, np.float32),
+                "labels": self.null_class if rng.random() < label_dropout else label}
+
+    def prepare(self, batch):
+        return batch
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def open_latents(tcae, saved, processes):
+    """The training source, the names of its classes, and the count of its bad files. The source is the cache, made or
+    completed if need be, or the images, to be encoded on the fly."""
+    constants = saved["constants"]
+    where, image_size = data_dir or constants["data_dir"], constants["image_size"]
+    source = data.open_split(where, "train", image_size, constants["shapes_images"])
+    pairs, bad_files = Pairs(source, image_size), data.BadFiles(source)
+    if not cache_latents:
+        return pairs, source.classes, bad_files
+    path = cache or os.path.join(out_dir, "latents.cache")
+    about = {"tokenizer": runtime.latents_of(saved), "data_dir": where, "images": len(source), "image_size": image_size}
+    if processes.first:
+        if rebuild_cache and os.path.exists(path):
+            os.remove(path)
+        differences = data.Store.differences(path, about)
+        check(not differences, f"cache: {path} was made from something else ({differences}). "
+                               "--rebuild_cache=True makes it anew, another --cache keeps both")
+    store = data.Store.shared(path, about, len(source), (2, *latent_shape(saved)), np.float16, processes)
+    fill_cache(store, tcae, pairs, bad_files, processes)
+    latents = Latents(store, source.labels)
+    return latents, source.classes, data.BadFiles(latents)
+
+
+def latent_shape(saved):
+    """(c, h, w) of a tokenizer's latents."""
+    constants = saved["constants"]
+    side = constants["image_size"] // constants["downsample"]
+    return (constants["latent_channels"], side, side)
+
+
+@torch.no_grad()
+def draw_samples(ema, tcae, shape, class_names, path, processes):
+    """A grid of EMA samples, four of each of the first ten classes; the noise is the same every time."""
+    rng, columns, null_class = np.random.default_rng(seed), min(10, len(class_names)), len(class_names)
+    labels = torch.arange(columns).repeat(4).to(processes.device)
+    noise = torch.from_numpy(rng.standard_normal((len(labels), *shape), np.float32)).to(processes.device)
+    with processes.autocast():
+        z = sample_flow(guided(ema, labels, null_class, sample_cfg_scale), noise, sample_steps)
+        images = data.to_uint8(tcae.decode(z)).cpu()
+    data.save_grid(path, images, columns, class_names[:columns])
+
+
+def main():
+    constants = runtime.configure(globals())
+    path = os.path.join(out_dir, "checkpoint.pt")
+    check(resume or not os.path.exists(path),
+          f"out_dir={out_dir} holds a run already: --resume=True goes on with it, another --out_dir begins a new one")
+    resumed = runtime.load_checkpoint(path, "out_dir") if resume and os.path.exists(path) else None
+    if resumed:
+        runtime.check_resumable(resumed["constants"], constants, FREE)
+    processes = runtime.Processes(device, resumed["dtype"] if resumed else dtype, seed)
+    check_constants(processes)
+    os.makedirs(out_dir, exist_ok=True)
+
+    on = processes.device
+    saved = runtime.load_checkpoint(tokenizer, "tokenizer", kind="tokenizer")
+    check(not resumed or resumed["latents_of"] == runtime.latents_of(saved),
+          f"tokenizer={tokenizer} encodes otherwise than the one that {path} was trained on")
+    tcae = TCAE.from_checkpoint(saved).to(on)
+    source, class_names, bad_files = open_latents(tcae, saved, processes)
+    shape, classes = latent_shape(saved), len(class_names)
+    check(batch_size <= len(source), f"batch_size={batch_size} is more than the {len(source)} training images")
+    steps_per_epoch = len(source) // batch_size
+    steps, decay_step = epochs * steps_per_epoch, round((decay_epoch or epochs) * steps_per_epoch)
+
+    try:
+        model = LightningDiT(size, shape[0], shape[1], classes).to(on)
+    except ValueError as error:
+        runtime.fail(error)
+    ema = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay,
+                                  fused=on.type in ("cuda", "cpu"))
+    processes.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(source)} images of "
+                    f"{classes} classes as latents {' × '.join(map(str, shape))}; {steps} steps of {batch_size}")
+    start = 0
+    if resumed:
+        start = resumed["step"]
+        model.load_state_dict(resumed["model"])
+        ema.load_state_dict(resumed["ema"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        processes.print(f"resumed from {path} at step {start}")
+
+    def save(step):
+        if processes.first:
+            runtime.save_checkpoint(path, {
+                "kind": "dit", "constants": constants, "dtype": str(processes.dtype).removeprefix("torch."),
+                "revision": runtime.git_revision(), "step": step, "latents_of": runtime.latents_of(saved),
+                "latent_shape": shape, "classes": class_names, "model": model.state_dict(), "ema": ema.state_dict(),
+                "optimizer": optimizer.state_dict()})
+
+    if compile and on.type == "cuda":
+        for module in [*model.modules(), *ema.modules()]:
+            if isinstance(module, DiTBlock):
+                module.compile(dynamic=False)
+    trained, averaged = list(model.parameters()), list(ema.parameters())
+    wrapped = model if processes.count == 1 else \
+        DistributedDataParallel(model, device_ids=[on.index] if on.type == "cuda" else None)
+
+    loader = iter(data.batches(source, Example(shape, classes), batch_size, start, steps, seed, processes, accumulate,
+                               workers))
+    progress, bad = runtime.Progress(out_dir, start, steps, batch_size, processes), []
+    picture = os.path.join(out_dir, "samples.png")
+
+    for step in range(start, steps):
+        torch.manual_seed(hash((seed, step, processes.rank)) % 2**63)  # for what a fork adds; all else is in Example
+        lr = learning_rate if step < decay_step else learning_rate + (min_learning_rate - learning_rate) * (
+            (step - decay_step) / (steps - decay_step))
+        lr *= min(1, (step + 1) / max(1, warmup_steps))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        total = 0
+        for part in range(accumulate):
+            batch, names = next(loader)
+            bad += names
+            batch = {name: x.to(on, non_blocking=True) for name, x in batch.items()}
+            z = (batch["z"] if "z" in batch else encode_pixels(tcae, batch["pixels"], processes)).float()
+            if processes.count > 1:
+                wrapped.require_backward_grad_sync = part == accumulate - 1
+            t = shift_time(batch["t"], shape)
+            with processes.autocast():
+                loss = flow_matching_loss(wrapped, z, batch["labels"], batch["noise"], t)
+            (loss / accumulate).backward()
+            total = total + loss.detach() / accumulate
+        grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or float("inf"))
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            torch._foreach_lerp_(averaged, trained, 1 - ema_momentum)
+        progress.add({"loss": total, "grad_norm": grad_norm})
+
+        done, stopping = step + 1, processes.stop_requested()
+        last = done == steps
+        drawing, saving = done % sample_every == 0 or last, done % save_every == 0 or stopping or last
+        if done % log_every == 0 or saving or drawing:  # the only place that waits for the device
+            progress.report(lr)
+            bad_files.report(processes.gather(bad), processes)
+            bad = []
+        if saving:
+            save(done)
+        if stopping and not last:
+            progress.bar.close()
+            processes.print(f"SIGTERM: saved {path} at step {done}; --resume=True goes on from there")
+            return processes.close()
+        if drawing and processes.first:
+            draw_samples(ema, tcae, shape, class_names, picture, processes)
+        progress.start_clock() if drawing else None
+    progress.bar.close()
+    processes.print(f"wrote {path} and {picture}: step {steps}")
+    processes.close()
+
+
+if __name__ == "__main__":
+    main()
