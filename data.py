@@ -1,6 +1,6 @@
 """Images in: a folder per class, or the built-in shapes; and batches of them, the same for any number of processes.
 
-    ImageFolder, Shapes    sources: len(), classes, labels, load(i) -> a PIL image in RGB
+    ImageFolder, Shapes    sources: len(), classes, labels, load(i) -> a PIL image in RGB, name(i)
     open_split             the training or validation half of `data_dir`
     center_crop, random_crop, to_float, to_uint8, psnr, save_grid    from image to tensor and back
     Store                  an array on disk that many processes fill
@@ -8,6 +8,7 @@
     batches                an endless, resumable stream of training batches
     in_order               every image once, for evaluation
 """
+import hashlib
 import json
 import math
 import os
@@ -33,7 +34,7 @@ class ImageFolder:
 
     def __init__(self, root):
         self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
-        self.paths, self.labels = [], []
+        self.root, self.paths, self.labels = root, [], []
         check(self.classes, f"data_dir: {root} holds no folders; images stand in one folder per class")
         for label, name in enumerate(self.classes):
             found = sorted(os.path.join(folder, file) for folder, _, files in os.walk(Path(root, name))
@@ -49,8 +50,16 @@ class ImageFolder:
         """Image i in RGB, whatever it is on disk. Raises OSError or its kin where the file can't be decoded."""
         return to_rgb(Image.open(self.paths[i]))
 
+    def blank(self):
+        return Image.new("RGB", (256, 256))
+
     def name(self, i):
         return self.paths[i]
+
+    def fingerprint(self):
+        """Tells one list of files from another: a hash of their paths below the root, in order."""
+        names = "\n".join(os.path.relpath(path, self.root) for path in self.paths)
+        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def to_rgb(image):
@@ -92,6 +101,9 @@ class Shapes:
 
     def name(self, i):
         return f"shape {i}"
+
+    def fingerprint(self):
+        return "shapes"
 
 
 def contrasting_colours(rng):
@@ -241,14 +253,20 @@ class Store:
     HEADER = 4096
 
     def __init__(self, path, about, count, shape, dtype):
-        self.path = path
+        self.path, self.given = path, (path, about, count, shape, dtype)
+        size = self.HEADER + count + count * math.prod(shape) * np.dtype(dtype).itemsize
         if not os.path.exists(path):
             with open(f"{path}.tmp", "wb") as file:  # sparse: it takes up space as it is filled
                 file.write(json.dumps(about).encode().ljust(self.HEADER))
-                file.truncate(self.HEADER + count + count * math.prod(shape) * np.dtype(dtype).itemsize)
+                file.truncate(size)
             os.replace(f"{path}.tmp", path)
+        check(os.path.getsize(path) == size,  # memmap would lengthen it with zeros
+              f"{path} has {os.path.getsize(path)} bytes instead of {size}, a copy of a part: remove it or copy it again")
         self.state = np.memmap(path, np.uint8, "r+", self.HEADER, (count,))
         self.items = np.memmap(path, dtype, "r+", self.HEADER + count, (count, *shape))
+
+    def __reduce__(self):  # to a worker that is not forked goes the name, not the contents
+        return Store, self.given
 
     @classmethod
     def differences(cls, path, about):
@@ -259,7 +277,9 @@ class Store:
             try:
                 says = json.loads(file.read(cls.HEADER))
             except ValueError:
-                return "it is no file of this project"
+                says = None
+        if not isinstance(says, dict):
+            return "it is no file of this project"
         return "; ".join(f"{name} was {says.get(name)!r}, is {value!r}" for name, value in about.items()
                          if says.get(name) != value)
 
@@ -291,7 +311,7 @@ class Store:
 class Augmented(torch.utils.data.Dataset):
     """Item (epoch, i) is (`transform(image i, rng)`, bad files), with an rng that only (seed, epoch, i) decides: no
     worker, process or restart changes it. A file that can't be decoded is replaced by another image of the epoch (after
-    100 in a row by black, which the count of bad files then ends)."""
+    100 in a row by the source's blank(); their count then ends the run)."""
 
     def __init__(self, source, transform, seed):
         self.source, self.transform, self.seed = source, transform, seed
@@ -303,7 +323,7 @@ class Augmented(torch.utils.data.Dataset):
         while image is None and len(bad) < 100:
             image, more = try_load(self.source, int(rng.integers(len(self.source))))
             bad += more
-        return self.transform(image or Image.new("RGB", (256, 256)), rng), bad
+        return self.transform(self.source.blank() if image is None else image, rng), bad
 
 
 class Centered(torch.utils.data.Dataset):

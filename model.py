@@ -521,10 +521,11 @@ def guided(model, labels, null_class, cfg_scale=1.0, cfg_interval=(0.0, 1.0)):
     v_class elsewhere. One call runs both halves of the batch; none is spent where guidance changes nothing."""
     null = torch.full_like(labels, null_class)
 
-    def velocity(z, t):
+    def velocity(z, t):  # t stays on the CPU, where comparing it makes nobody wait
+        times = t.to(z.device).expand(len(z))
         if cfg_scale == 1 or not cfg_interval[0] <= t <= cfg_interval[1]:
-            return model(z, t.expand(len(z)), labels)
-        both = model(torch.cat([z, z]), t.expand(2 * len(z)), torch.cat([labels, null]))
+            return model(z, times, labels)
+        both = model(torch.cat([z, z]), times.repeat(2), torch.cat([labels, null]))
         v_class, v_null = both.chunk(2)
         return v_null + cfg_scale * (v_class - v_null)
 
@@ -534,14 +535,15 @@ def guided(model, labels, null_class, cfg_scale=1.0, cfg_interval=(0.0, 1.0)):
 def sample_flow(velocity, noise, steps, method="euler"):
     """Follows dz/dt = velocity(z, t) from noise (t = 1) to data (t = 0) in `steps` steps on the shifted grid.
 
-    noise (B, c, h, w). method "euler": one evaluation a step; "heun": two, with an error of second order.
+    noise (B, c, h, w). method "euler": one evaluation a step; "heun": two, with an error of second order. Heun's last
+    step is Euler's: at t = 0 the velocity towards data that lies near points is not continuous.
     """
     z = noise
     grid = shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), noise.shape[1:]).float()
     for t, t_next in zip(grid, grid[1:]):
         dt = t_next - t  # negative
         v = velocity(z, t)
-        if method == "heun":
+        if method == "heun" and t_next > 0:
             v = (v + velocity(z + dt * v, t_next)) / 2
         z = z + dt * v
     return z

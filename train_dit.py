@@ -64,13 +64,19 @@ FREE = {"out_dir", "resume", "device", "workers", "compile", "log_every", "save_
 
 def check_constants(processes):
     """What configure() can't know. Each message names the constant."""
-    shares = processes.count * accumulate
-    check(batch_size > 0 and accumulate > 0 and batch_size % shares == 0,
-          f"batch_size={batch_size} must be a multiple of {shares} (processes × accumulate)")
-    for name in "epochs", "log_every", "save_every", "sample_every", "sample_steps":
+    for name in "epochs", "batch_size", "accumulate", "log_every", "save_every", "sample_every", "sample_steps":
         check(globals()[name] > 0, f"{name}={globals()[name]} must be at least 1")
+    check(len(betas) == 2 and max(betas) < 1, f"betas={betas} must be two numbers, each at least 0 and below 1")
+    shares = processes.count * accumulate
+    check(batch_size % shares == 0,
+          f"batch_size={batch_size} must be a multiple of {shares} (processes × accumulate)")
     for name in "label_dropout", "ema_momentum":
         check(globals()[name] <= 1, f"{name}={globals()[name]} must be between 0 and 1")
+    try:
+        with torch.device("meta"):
+            LightningDiT(size, 1, 1, 1)
+    except ValueError as error:
+        runtime.fail(error)
     check(decay_epoch <= epochs, f"decay_epoch={decay_epoch} must not be later than epochs={epochs}")
 
 
@@ -93,6 +99,9 @@ class Latents:
             raise OSError("this image could not be decoded")
         return self.store.items[i], self.labels[i]
 
+    def blank(self):
+        return np.zeros_like(self.store.items[0]), 0
+
     def name(self, i):
         return f"image {i} of {self.store.path}"
 
@@ -110,6 +119,9 @@ class Pairs:
     def load(self, i):
         pixels = data.center_crop(self.source.load(i), self.image_size)
         return np.stack([pixels, pixels[:, ::-1]]), self.labels[i]
+
+    def blank(self):
+        return np.zeros((2, self.image_size, self.image_size, 3), np.uint8), 0
 
     def name(self, i):
         return self.source.name(i)
@@ -160,8 +172,8 @@ class Example:
     """(z pair or pixel pair, label) and an rng -> what one training example takes. Mirror image or not, noise, time and
     the dropped label come from the rng, so that (seed, epoch, image) decides them for any number of processes."""
 
-    def __init__(self, latent_shape, null_class):
-        self.latent_shape, self.null_class = latent_shape, null_class
+    def __init__(self, latent_shape, null_class, label_dropout):
+        self.latent_shape, self.null_class, self.label_dropout = latent_shape, null_class, label_dropout
 
     def __call__(self, loaded, rng):
         pair, label = loaded
@@ -169,7 +181,7 @@ class Example:
         t = 1 / (1 + np.exp(-rng.standard_normal()))  # logit-normal(0, 1)
         return {"pixels" if example.dtype == np.uint8 else "z": np.array(example), "t": np.float32(t),
                 "noise": rng.standard_normal(self.latent_shape, np.float32),
-                "labels": self.null_class if rng.random() < label_dropout else label}
+                "labels": self.null_class if rng.random() < self.label_dropout else label}
 
     def prepare(self, batch):
         return batch
@@ -186,10 +198,12 @@ def open_latents(tcae, saved, processes):
     where, image_size = data_dir or constants["data_dir"], constants["image_size"]
     source = data.open_split(where, "train", image_size, constants["shapes_images"])
     pairs, bad_files = Pairs(source, image_size), data.BadFiles(source)
+    check(batch_size <= len(source), f"batch_size={batch_size} is more than the {len(source)} training images")
     if not cache_latents:
         return pairs, source.classes, bad_files
     path = cache or os.path.join(out_dir, "latents.cache")
-    about = {"tokenizer": runtime.latents_of(saved), "data_dir": where, "images": len(source), "image_size": image_size}
+    about = {"tokenizer": runtime.latents_of(saved), "image_size": image_size, "images": len(source),
+             "files": source.fingerprint()}
     if processes.first:
         if rebuild_cache and os.path.exists(path):
             os.remove(path)
@@ -240,14 +254,11 @@ def main():
     tcae = TCAE.from_checkpoint(saved).to(on)
     source, class_names, bad_files = open_latents(tcae, saved, processes)
     shape, classes = latent_shape(saved), len(class_names)
-    check(batch_size <= len(source), f"batch_size={batch_size} is more than the {len(source)} training images")
     steps_per_epoch = len(source) // batch_size
     steps, decay_step = epochs * steps_per_epoch, round((decay_epoch or epochs) * steps_per_epoch)
 
-    try:
-        model = LightningDiT(size, shape[0], shape[1], classes).to(on)
-    except ValueError as error:
-        runtime.fail(error)
+    torch.manual_seed(seed)  # again: how many random numbers encoding took must not matter
+    model = LightningDiT(size, shape[0], shape[1], classes).to(on)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay,
                                   fused=on.type in ("cuda", "cpu"))
@@ -277,8 +288,8 @@ def main():
     wrapped = model if processes.count == 1 else \
         DistributedDataParallel(model, device_ids=[on.index] if on.type == "cuda" else None)
 
-    loader = iter(data.batches(source, Example(shape, classes), batch_size, start, steps, seed, processes, accumulate,
-                               workers))
+    loader = iter(data.batches(source, Example(shape, classes, label_dropout), batch_size, start, steps, seed,
+                               processes, accumulate, workers))
     progress, bad = runtime.Progress(out_dir, start, steps, batch_size, processes), []
     picture = os.path.join(out_dir, "samples.png")
 

@@ -257,6 +257,7 @@ def test_a_loss_that_is_not_finite_is_named(tmp_path, value):
     """Which step, which term, where the last good checkpoint is, and which constant to turn. No line of the log tells
     of it, and the bar is closed, so that the message does not stand at its end."""
     alone = SimpleNamespace(first=True, count=1, torch=torch, sum=lambda tensor: tensor)
+    (tmp_path / "checkpoint.pt").touch()
     progress = runtime.Progress(tmp_path, 5, 20, 8, alone)
     for mim in 2.0, 4.0, 2.0, value:
         progress.add({"l1": torch.tensor(1.0), "mim": torch.tensor(mim)})

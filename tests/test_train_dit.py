@@ -179,7 +179,7 @@ def test_the_cache_says_what_it_was_made_from(base):
         about = json.loads(file.read(4096))
     saved = checkpoint(base / "tokenizer")
     assert about["tokenizer"] == runtime.latents_of(saved) and about["images"] == IMAGES
-    assert about["data_dir"] == "shapes"
+    assert about["files"] == data.Shapes("train", 10, 32).fingerprint()
 
 
 def test_a_cache_is_made_once(base, train, forbid_encoding):
@@ -441,7 +441,7 @@ def test_a_run_leaves_what_it_promises(base):
 
 
 def test_the_loss_begins_at_two_and_falls(base):
-    """The velocity starts as 0, and noise - data has variance 1 + 1 where latents are normalised: roughly, by 16 images."""
+    """The velocity starts as 0; noise - data has variance 1 + 1 where latents are normalised (16 images: roughly)."""
     loss = [line["loss"] for line in log(base / "run")]
     assert loss[0] == pytest.approx(2, abs=0.4)
     assert np.mean(loss[-10:]) < 0.9 * np.mean(loss[:10])
@@ -482,12 +482,14 @@ def test_ema_is_the_running_mean_of_the_weights(train, monkeypatch):
 
 
 def test_the_rate_warms_up_stays_and_falls_linearly(base, train, tmp_path):
-    """Table 4's schedule: constant to decay_epoch, then a line to min_learning_rate; without decay it stays."""
+    """Table 4's schedule: constant to decay_epoch, then a line to min_learning_rate; with decay_epoch 0, or the last
+    one, it stays."""
     train(epochs=3, decay_epoch=1, min_learning_rate=1e-4, warmup_steps=4, out_dir=tmp_path)
     rates = [line["lr"] for line in log(tmp_path)]
     expected = [1e-3 * min(1, (k + 1) / 4) if k < 10 else 1e-3 - 9e-4 * (k - 10) / 20 for k in range(30)]
     assert rates == pytest.approx(expected, rel=1e-4)
-    assert {line["lr"] for line in log(base / "run")} == {1e-3}
+    train(epochs=1, decay_epoch=0, out_dir=tmp_path / "constant")
+    assert {line["lr"] for out_dir in (base / "run", tmp_path / "constant") for line in log(out_dir)} == {1e-3}
 
 
 def test_a_loss_that_breaks_stops_the_run_and_keeps_the_checkpoint(train, tmp_path):
@@ -504,8 +506,8 @@ def test_a_loss_that_breaks_stops_the_run_and_keeps_the_checkpoint(train, tmp_pa
 def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights(base, train, tmp_path):
     """SIGTERM in the middle saves and exits 0, though the loading worker gets it too; resumed, all tensors are the same
     bit for bit. In between a second run in the same folder, another constant and another tokenizer are refused."""
-    process = subprocess.Popen([sys.executable, "train_dit.py", *arguments({**constants(base, tmp_path), "workers": 1})],
-                               cwd=ROOT, text=True, env=clean_environment(), stdout=subprocess.PIPE,
+    command = [sys.executable, "train_dit.py", *arguments({**constants(base, tmp_path), "workers": 1})]
+    process = subprocess.Popen(command, cwd=ROOT, text=True, env=clean_environment(), stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL, start_new_session=True)
     path = tmp_path / "log.jsonl"
     while not (path.exists() and path.read_text().count("\n")) and process.poll() is None:
@@ -659,7 +661,8 @@ def test_every_constant_of_sampling_counts(samples, draw, changes):
 
 def test_a_finetuned_decoder_draws_the_same_latents_otherwise(base, samples, draw, tmp_path):
     """A tokenizer with another decoder but the same latents may take the place of stage 2's."""
-    images, _ = npz(draw(num_samples=23, tokenizer=changed_tokenizer(base, tmp_path / "other.pt", "decoder.head.weight")))
+    other = changed_tokenizer(base, tmp_path / "other.pt", "decoder.head.weight")
+    images, _ = npz(draw(num_samples=23, tokenizer=other))
     assert np.abs(images.astype(int) - samples[0]).max() > 1
 
 
@@ -751,7 +754,8 @@ def test_a_wrong_constant_of_training_is_one_line_that_names_it(train, tmp_path,
     (dict(classes="3,,4"), ["classes=3,,4"]), (dict(classes="-1"), ["classes=-1"]),
     (dict(method="rk4"), ["method='rk4'", "euler", "heun"]), (dict(steps=0), ["steps=0"]),
     (dict(batch_size=0), ["batch_size=0"]), (dict(per_class=0), ["per_class=0"]),
-    (dict(cfg_interval="(0.9, 0.1)"), ["cfg_interval=(0.9, 0.1)"]), (dict(cfg_interval="(0.5,)"), ["cfg_interval=(0.5,)"]),
+    (dict(cfg_interval="(0.9, 0.1)"), ["cfg_interval=(0.9, 0.1)"]),
+    (dict(cfg_interval="(0.5,)"), ["cfg_interval=(0.5,)"]),
     (dict(cfg_scal=2), ["cfg_scal", "cfg_scale"]),
 ])
 def test_a_wrong_constant_of_sampling_is_one_line_that_names_it(draw, tmp_path, changes, words):
