@@ -208,7 +208,7 @@ def center_crop(image, size):
 
 
 def random_crop(image, size, rng):
-    """The crop that the tokenizer reconstructs: resize, random crop, flip (FACTS: the paper is silent). uint8."""
+    """The crop that the tokenizer reconstructs: resize, random crop, flip (our choice: the paper is silent). uint8."""
     image = resize_short_side(image, size)
     left, top = (int(rng.integers(0, side - size + 1)) for side in image.size)
     pixels = np.array(image.crop((left, top, left + size, top + size)))

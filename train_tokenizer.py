@@ -181,13 +181,14 @@ def validate(tcae, source, bad_files, processes, picture):
     total, bad = torch.zeros(2, dtype=torch.float64), []
     for pixels, _, names in data.in_order(source, image_size, eval_batch(), processes, images=val_images):
         bad += names
-        if len(pixels):  # any file of this batch could be decoded
+        if len(pixels):  # else no file of this batch could be decoded
             psnr = data.psnr(pixels, reconstruct(pixels))
             total += torch.tensor([psnr.sum(), len(psnr)], dtype=torch.float64)
     bad_files.report(processes.gather(bad), processes)
     psnr_sum, count = processes.sum(total).tolist()
     check(count, "data_dir: no validation image could be decoded")
-    shown = next(iter(data.in_order(source, image_size, 8, SimpleNamespace(rank=0, count=1), images=8)))[0]
+    alone = SimpleNamespace(rank=0, count=1)  # the picture's eight are spread over the whole split, not over a share
+    shown = next(iter(data.in_order(source, image_size, 8, alone, images=8)))[0]
     if processes.first and len(shown):
         data.save_grid(picture, torch.cat([shown, reconstruct(shown)]), columns=len(shown))
     return psnr_sum / count
@@ -301,8 +302,7 @@ def main():
         if processes.first:
             runtime.save_checkpoint(path, {
                 "kind": "tokenizer", "constants": constants, "dtype": str(processes.dtype).removeprefix("torch."),
-                "revision": runtime.git_revision(), "step": step, "finished": finished,
-                "images": len(train),
+                "revision": runtime.git_revision(), "step": step, "finished": finished, "images": len(train),
                 "tokenizer": tcae.state_dict(), "optimizer": optimizer.state_dict(),
                 **({"head": head.state_dict(), "teacher": teacher.state_dict(), "centers": ibot.centers}
                    if ibot else {})})

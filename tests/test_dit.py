@@ -307,7 +307,7 @@ def gaussian_velocity(mu, sigma):
 
 
 def shifted_grid(steps, shape):
-    """The times that a sampler must stop at, from FACTS alone."""
+    """The times that a sampler must stop at, from the formula alone."""
     s = math.sqrt(math.prod(shape) / 4096)
     return [s * u / (1 + (s - 1) * u) for u in (1 - k / steps for k in range(steps + 1))]
 
