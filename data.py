@@ -261,7 +261,7 @@ class Store:
                 file.truncate(size)
             os.replace(f"{path}.tmp", path)
         check(os.path.getsize(path) == size,  # memmap would lengthen it with zeros
-              f"{path} has {os.path.getsize(path)} bytes instead of {size}, a copy of a part: remove it or copy it again")
+              f"{path} has {os.path.getsize(path)} bytes, not {size}, a copy of a part: remove it or copy it again")
         self.state = np.memmap(path, np.uint8, "r+", self.HEADER, (count,))
         self.items = np.memmap(path, dtype, "r+", self.HEADER + count, (count, *shape))
 
@@ -327,7 +327,7 @@ class Augmented(torch.utils.data.Dataset):
 
 
 class Centered(torch.utils.data.Dataset):
-    """Item i is (image i, centre-cropped, uint8 (size, size, 3), None where it can't be decoded; label; bad files)."""
+    """Item i is (image i, centre-cropped, uint8 (size, size, 3), None where it can't be decoded; i; bad files)."""
 
     def __init__(self, source, size):
         self.source, self.size = source, size
@@ -337,7 +337,7 @@ class Centered(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         image, bad = try_load(self.source, i)
-        return image and center_crop(image, self.size), self.source.labels[i], bad
+        return image and center_crop(image, self.size), i, bad
 
 
 def try_load(source, i):
@@ -382,7 +382,7 @@ def collate_views(prepare, items):
 
 
 def collate_centered(items):
-    """[(pixels or None, label, bad files), …] -> (uint8 (b, size, size, 3), labels (b,), bad files), good ones only."""
+    """[(pixels or None, index, bad files), …] -> (uint8 (b, size, size, 3), indices (b,), bad files), of good ones."""
     good = [item for item in items if item[0] is not None]
     pixels = torch.from_numpy(np.stack([item[0] for item in good])) if good else torch.zeros(0, 1, 1, 3).byte()
     return pixels, torch.tensor([item[1] for item in good]), sum((item[2] for item in items), [])
@@ -407,8 +407,8 @@ def batches(source, transform, batch_size, start, steps, seed, processes, accumu
 
 
 def in_order(source, size, batch_size, processes, workers=0, images=0):
-    """A loader of centre crops, (uint8 (b, size, size, 3), labels (b,), bad files), each image once; every process its
-    share. images: how many, evenly spread over the source; 0 = all."""
+    """A loader of centre crops, (uint8 (b, size, size, 3), their indices (b,), bad files), each image once; every
+    process its share. images: how many, evenly spread over the source; 0 = all."""
     chosen = np.linspace(0, len(source) - 1, min(images or len(source), len(source))).round().astype(int)
     subset = torch.utils.data.Subset(Centered(source, size), chosen[processes.rank::processes.count].tolist())
     return torch.utils.data.DataLoader(subset, batch_size, num_workers=workers, collate_fn=collate_centered,
@@ -416,16 +416,19 @@ def in_order(source, size, batch_size, processes, workers=0, images=0):
 
 
 class BadFiles:
-    """Counts the files that could not be decoded, names each once, and stops the run when they are too many."""
+    """Counts the files that could not be decoded, names each once, and stops the run when they are too many.
 
-    def __init__(self, source):
-        self.source, self.seen = source, set()
+    `name` is the constant that the source came from; images: how many of it are taken, 0 = all.
+    """
+
+    def __init__(self, source, name="data_dir", images=0):
+        self.name, self.images, self.seen = name, min(images or len(source), len(source)), set()
 
     def report(self, names, processes):
         new = sorted(set(names) - self.seen)
-        self.seen.update(new)
         for name in new:
-            processes.print(f"data_dir: {name} can't be decoded and is left out ({len(self.seen)} so far)")
-        if len(self.seen) > BAD_SHARE * len(self.source):
-            fail(f"data_dir: {len(self.seen)} of {len(self.source)} images can't be decoded, over {BAD_SHARE:.0%}: "
+            self.seen.add(name)
+            processes.print(f"{self.name}: {name} can't be decoded and is left out ({len(self.seen)} so far)")
+        if len(self.seen) > BAD_SHARE * self.images:
+            fail(f"{self.name}: {len(self.seen)} of {self.images} images can't be decoded, over {BAD_SHARE:.0%}: "
                  + ", ".join(sorted(self.seen)))

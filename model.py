@@ -325,10 +325,14 @@ class TCAE(nn.Module):
 
     def encode(self, images):
         """Images (B, 3, H, W) in [-1, 1] -> z (B, c, H / f, W / f), zero mean and unit variance per channel."""
+        return self.encode_with_tokens(images)[1]
+
+    def encode_with_tokens(self, images):
+        """The same -> the encoder's image tokens (B, h w, D), and z."""
         _, tokens = self.encoder(images)
         height, width = images.shape[2] // self.encoder.output_patch, images.shape[3] // self.encoder.output_patch
         z = self.bottleneck(tokens, height, width).float()
-        return (z - self.latent_mean) / self.latent_std
+        return tokens, (z - self.latent_mean) / self.latent_std
 
     def decode(self, z):
         """z (B, c, H / f, W / f) as `encode` gives it -> images (B, 3, H, W), [-1, 1] but not clipped to it."""
@@ -501,11 +505,11 @@ class LightningDiT(nn.Module):
 # Flow matching: z_t = (1 - t) z + t noise moves along the straight line from data (t = 0) to noise (t = 1)
 
 
-def shift_time(t, latent_shape):
-    """t' = s t / (1 + (s - 1) t), s = √(c h w / 4096): the more numbers a latent has, the more noise it takes to hide
-    it, and the later on the line the interesting times lie. t: tensor; latent_shape (c, h, w)."""
+def shift_time(t, latent_shape, shift_base=4096):
+    """t' = s t / (1 + (s - 1) t), s = √(c h w / shift_base): the more numbers a latent has, the more noise it takes to
+    hide it, and the later on the line the interesting times lie. t: tensor; latent_shape (c, h, w)."""
     c, h, w = latent_shape
-    s = (c * h * w / 4096) ** 0.5
+    s = (c * h * w / shift_base) ** 0.5
     return s * t / (1 + (s - 1) * t)
 
 
@@ -532,14 +536,14 @@ def guided(model, labels, null_class, cfg_scale=1.0, cfg_interval=(0.0, 1.0)):
     return velocity
 
 
-def sample_flow(velocity, noise, steps, method="euler"):
+def sample_flow(velocity, noise, steps, method="euler", shift_base=4096):
     """Follows dz/dt = velocity(z, t) from noise (t = 1) to data (t = 0) in `steps` steps on the shifted grid.
 
     noise (B, c, h, w). method "euler": one evaluation a step; "heun": two, with an error of second order. Heun's last
     step is Euler's: at t = 0 the velocity towards data that lies near points is not continuous.
     """
     z = noise
-    grid = shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), noise.shape[1:]).float()
+    grid = shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), noise.shape[1:], shift_base).float()
     for t, t_next in zip(grid, grid[1:]):
         dt = t_next - t  # negative
         v = velocity(z, t)

@@ -5,7 +5,7 @@
     save_checkpoint, load_checkpoint, check_resumable, fingerprint, latents_of
     Log, Progress        log.jsonl, and the bar with it
     cosine               the learning rate's schedule (and the teacher's momentum)
-    download             published weights, with a checksum
+    published, load_lpips    weights that others trained, with a checksum
 """
 import ast
 import difflib
@@ -353,22 +353,39 @@ def cosine(step, steps, base, final, warmup=0):
 # Published weights
 
 
-def download(url, sha256, without):
-    """The path of a file of published weights in torch.hub's cache, fetched once and checked.
+class MissingWeights(Exception):
+    """A file of published weights is neither there nor to be had; the message says which, from where and to where."""
 
-    `sha256`: the hexadecimal checksum or its beginning. `without` says which constant does without the file.
+
+def published(url, sha256, processes):
+    """The path of a file of published weights in torch.hub's cache, fetched once by one process of each machine.
+
+    `sha256`: the hexadecimal checksum or its beginning. Raises MissingWeights in every process if any lacks the file.
     """
-    import torch
-    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
+    torch = processes.torch
+    path, error = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1], ""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=True)
-        except Exception as error:
-            fail(f"{path.name} could not be downloaded from {url} ({error}). Put it at {path}, or {without}",
-                 everywhere=False)
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else \
-            hashlib.sha256(file.read()).hexdigest()
-    check(digest.startswith(sha256), f"{path} is damaged (its checksum is {digest[:16]}…): remove it and start again")
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=True)
+            with open(path, "rb") as file:
+                digest = hashlib.sha256()
+                while block := file.read(1 << 20):
+                    digest.update(block)
+            if not digest.hexdigest().startswith(sha256):
+                error = f"{path} is damaged (its checksum is {digest.hexdigest()[:16]}…); remove it and start again"
+        except Exception as problem:
+            error = f"{path.name} could not be downloaded from {url} ({problem}); put it at {path}"
+    errors = [error for error in processes.gather([error]) if error]
+    if errors:
+        raise MissingWeights(errors[0])
     return path
+
+
+def load_lpips(net, processes):
+    """LPIPS over VGG-16 ("vgg") or AlexNet ("alex"), frozen: (B, 3, H, W) twice, in [-1, 1] -> (B, 1, 1, 1)."""
+    file, sha256 = {"vgg": ("vgg16-397923af.pth", "397923af"), "alex": ("alexnet-owt-7be5be79.pth", "7be5be79")}[net]
+    published(f"https://download.pytorch.org/models/{file}", sha256, processes)
+    import lpips  # it loads the file that is now there
+    return lpips.LPIPS(net=net, verbose=False).to(processes.device).requires_grad_(False)

@@ -44,12 +44,12 @@ def noise_of(i, shape):
 
 
 @torch.no_grad()
-def draw(dit, tcae, indices, labels, shape, processes):
+def draw(dit, tcae, indices, labels, shape, shift_base, processes):
     """Samples `indices` of the classes `labels` -> uint8 (B, H, W, 3) on the CPU."""
     noise = torch.from_numpy(np.stack([noise_of(i, shape) for i in indices])).to(processes.device)
     labels = torch.tensor(labels, device=processes.device)
     with processes.autocast():
-        z = sample_flow(guided(dit, labels, dit.null_class, cfg_scale, cfg_interval), noise, steps, method)
+        z = sample_flow(guided(dit, labels, dit.null_class, cfg_scale, cfg_interval), noise, steps, method, shift_base)
         return data.to_uint8(tcae.decode(z)).cpu()
 
 
@@ -96,7 +96,8 @@ def main():
     todo = store.to_do(processes)
     for k in tqdm(range(0, len(todo), batch_size), desc="sampling", unit="batch", disable=not processes.first):
         indices = todo[k:k + batch_size]
-        store.put(indices, draw(dit, tcae, indices, labels[indices], shape, processes).numpy())
+        store.put(indices, draw(dit, tcae, indices, labels[indices], shape, saved["constants"]["shift_base"],
+                                processes).numpy())
         if processes.stop:
             store.flush()
             raise SystemExit(0)  # SIGTERM: the same command goes on from here

@@ -31,6 +31,7 @@ workers = 4  # loading processes per training process; 0 = load in the training 
 # Generator
 size = "XL"  # S, B, L, XL (675 M) or width/depth/heads such as 192/6/6
 label_dropout = 0.1  # share of labels replaced by the null class, for guidance
+shift_base = 4096  # numbers in a latent for which times are not shifted; others are by √(their numbers / shift_base)
 
 # Optimisation (RAE's recipe; 80 epochs for the ablations, 800 for Table 4)
 epochs = 80
@@ -64,7 +65,8 @@ FREE = {"out_dir", "resume", "device", "workers", "compile", "log_every", "save_
 
 def check_constants(processes):
     """What configure() can't know. Each message names the constant."""
-    for name in "epochs", "batch_size", "accumulate", "log_every", "save_every", "sample_every", "sample_steps":
+    for name in "epochs", "batch_size", "accumulate", "log_every", "save_every", "sample_every", "sample_steps", \
+            "shift_base":
         check(globals()[name] > 0, f"{name}={globals()[name]} must be at least 1")
     check(len(betas) == 2 and max(betas) < 1, f"betas={betas} must be two numbers, each at least 0 and below 1")
     shares = processes.count * accumulate
@@ -230,7 +232,7 @@ def draw_samples(ema, tcae, shape, class_names, path, processes):
     labels = torch.arange(columns).repeat(4).to(processes.device)
     noise = torch.from_numpy(rng.standard_normal((len(labels), *shape), np.float32)).to(processes.device)
     with processes.autocast():
-        z = sample_flow(guided(ema, labels, null_class, sample_cfg_scale), noise, sample_steps)
+        z = sample_flow(guided(ema, labels, null_class, sample_cfg_scale), noise, sample_steps, shift_base=shift_base)
         images = data.to_uint8(tcae.decode(z)).cpu()
     data.save_grid(path, images, columns, class_names[:columns])
 
@@ -308,7 +310,7 @@ def main():
             z = (batch["z"] if "z" in batch else encode_pixels(tcae, batch["pixels"], processes)).float()
             if processes.count > 1:
                 wrapped.require_backward_grad_sync = part == accumulate - 1
-            t = shift_time(batch["t"], shape)
+            t = shift_time(batch["t"], shape, shift_base)
             with processes.autocast():
                 loss = flow_matching_loss(wrapped, z, batch["labels"], batch["noise"], t)
             (loss / accumulate).backward()

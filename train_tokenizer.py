@@ -128,16 +128,6 @@ class StepViews:
         return {"images": images, **(ssl.by_view(batch) if self.multi_crop else {})}
 
 
-def load_lpips(processes):
-    """The LPIPS network (VGG), frozen: (B, 3, H, W) twice, in [-1, 1] -> (B, 1, 1, 1)."""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:  # one process per machine; the others then find the file
-        runtime.download("https://download.pytorch.org/models/vgg16-397923af.pth", "397923af",
-                         "do without the perceptual loss: --lpips_weight=0")
-    processes.wait()
-    import lpips
-    return lpips.LPIPS(net="vgg", verbose=False).to(processes.device).requires_grad_(False)
-
-
 def build_optimizer(model, on):
     """AdamW with weight decay on matrices and convolutions alone."""
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -280,7 +270,10 @@ def main():
         ibot = ssl.IBOTLoss(prototypes, on)
         multi_crop = ssl.MultiCrop(global_crop_size, global_crop_scale, local_crop_size, local_crop_scale, local_crops,
                                    tcae.encoder.output_patch)
-    perceptual = load_lpips(processes) if lpips_weight else None
+    try:
+        perceptual = runtime.load_lpips("vgg", processes) if lpips_weight else None
+    except runtime.MissingWeights as error:
+        runtime.fail(f"{error}, or do without the perceptual loss: --lpips_weight=0")
     model = JointTokenizer(tcae, head)
     optimizer = build_optimizer(model, on)
     processes.print(f"parameters: encoder {count_parameters(tcae.encoder, tcae.bottleneck):.1f} M, "

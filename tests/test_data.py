@@ -192,10 +192,10 @@ def test_undecodable_files_are_replaced_by_others_and_named(folder):
             replacements.add(pixels.tobytes())
         assert len(replacements) > 1
         assert dataset[0, 1][0].tobytes() == others[0] and dataset[0, 1][1] == []
-        pixels, label, bad = data.Centered(source, 16)[0]
-        assert pixels is None and bad == [str(broken)], "evaluation leaves it out: a replacement would count twice"
+        assert data.Centered(source, 16)[0] == (None, 0, [str(broken)]), \
+            "evaluation leaves it out: a replacement would count twice"
     batch, = data.in_order(source, 16, 8, process())
-    assert batch[0].shape == (3, 16, 16, 3) and batch[1].tolist() == [0, 1, 1] and batch[2] == [str(broken)]
+    assert batch[0].shape == (3, 16, 16, 3) and batch[1].tolist() == [1, 2, 3] and batch[2] == [str(broken)]
 
 
 def test_bad_files_are_named_once_and_stop_the_run_above_one_percent():
@@ -283,8 +283,10 @@ def test_evaluation_takes_each_image_once(count):
     source = data.Shapes("val", 35, 16)
     for wanted, images in (35, 0), (35, 100), (20, 20), (1, 1):
         loaders = [data.in_order(source, 16, 4, process(rank, count), images=images) for rank in range(count)]
-        seen = [pixels for loader in loaders for batch, _, _ in loader for pixels in batch]
-        assert len(seen) == wanted and len({pixels.numpy().tobytes() for pixels in seen}) == wanted
+        seen = {i: pixels for loader in loaders for batch, indices, _ in loader
+                for i, pixels in zip(indices.tolist(), batch, strict=True)}
+        assert len(seen) == wanted and len({pixels.numpy().tobytes() for pixels in seen.values()}) == wanted
+        assert all(np.array_equal(pixels, data.center_crop(source.load(i), 16)) for i, pixels in seen.items())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

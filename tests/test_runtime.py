@@ -37,6 +37,12 @@ def configure(tmp_path):
     return call
 
 
+def alone(**more):
+    """A process without others, or what `more` makes of it."""
+    return SimpleNamespace(**{"first": True, "count": 1, "torch": torch, "sum": lambda tensor: tensor,
+                              "gather": lambda items: items, **more})
+
+
 def failure(call, *arguments):
     """The one line with which a call ends the program."""
     with pytest.raises(SystemExit) as error:
@@ -256,9 +262,8 @@ def test_cosine_end_points():
 def test_a_loss_that_is_not_finite_is_named(tmp_path, value):
     """Which step, which term, where the last good checkpoint is, and which constant to turn. No line of the log tells
     of it, and the bar is closed, so that the message does not stand at its end."""
-    alone = SimpleNamespace(first=True, count=1, torch=torch, sum=lambda tensor: tensor)
     (tmp_path / "checkpoint.pt").touch()
-    progress = runtime.Progress(tmp_path, 5, 20, 8, alone)
+    progress = runtime.Progress(tmp_path, 5, 20, 8, alone())
     for mim in 2.0, 4.0, 2.0, value:
         progress.add({"l1": torch.tensor(1.0), "mim": torch.tensor(mim)})
         if progress.step == 7:
@@ -274,6 +279,13 @@ def test_a_loss_that_is_not_finite_is_named(tmp_path, value):
 # Published weights
 
 
+def missing(*arguments):
+    """What MissingWeights says."""
+    with pytest.raises(runtime.MissingWeights) as error:
+        runtime.published(*arguments)
+    return str(error.value)
+
+
 def test_weights_that_are_there_are_checked_and_not_fetched(tmp_path, monkeypatch):
     """Put there by hand on a machine without network: used if whole, refused by name if not."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -286,20 +298,31 @@ def test_weights_that_are_there_are_checked_and_not_fetched(tmp_path, monkeypatc
     path.write_bytes(b"weights")
     checksum = hashlib.sha256(b"weights").hexdigest()
     for expected in checksum, checksum[:8]:
-        assert runtime.download("https://localhost/weights.pth", expected, "--x=0") == path
+        assert runtime.published("https://localhost/weights.pth", expected, alone()) == path
     path.write_bytes(b"weigh")
-    message = failure(runtime.download, "https://localhost/weights.pth", checksum, "--x=0")
+    message = missing("https://localhost/weights.pth", checksum, alone())
     assert str(path) in message and "damaged" in message
 
 
 def test_weights_that_can_not_be_fetched(tmp_path, monkeypatch):
-    """Which file, from where, to which path, and what does without it; no half a file stays behind."""
+    """Which file, from where, to which path; no half a file stays behind."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     def offline(*_, **__):
         raise OSError("Name or service not known")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    message = failure(runtime.download, "https://localhost/weights.pth", "00", "leave it out: --x=0")
+    message = missing("https://localhost/weights.pth", "00", alone())
     path = tmp_path / "hub" / "checkpoints" / "weights.pth"
-    assert all(word in message for word in ("https://localhost/weights.pth", str(path), "--x=0", "Name or service"))
+    assert all(word in message for word in ("https://localhost/weights.pth", str(path), "Name or service"))
     assert not path.exists()
+
+
+def test_weights_are_fetched_once_per_machine_and_missed_by_all(tmp_path, monkeypatch):
+    """The second process of a machine never downloads; if the first one's download failed, it goes without as well."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("tried to download"))
+    path = tmp_path / "hub" / "checkpoints" / "weights.pth"
+    assert runtime.published("https://localhost/weights.pth", "00", alone()) == path
+    failed = alone(gather=lambda items: ["the first one's error", *items])
+    assert missing("https://localhost/weights.pth", "00", failed) == "the first one's error"
