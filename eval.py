@@ -623,8 +623,8 @@ def open_reference(size):
 
 
 def check_size(size):
-    check(size >= 11, f"{'tokenizer' if tokenizer else 'samples'}: SSIM's window of 11 pixels does not fit images of "
-          f"{size}")
+    check(size >= 11, f"{'tokenizer' if tokenizer else 'samples'}: SSIM's window does not fit images of {size} pixels; "
+          "11 are the least")
 
 
 def main():

@@ -1,5 +1,6 @@
 """For all tests: our modules first on the path, one thread, and a way to run the scripts as a user does."""
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,8 +27,14 @@ def clean_environment(**more):
 
 def python(*arguments, cwd=ROOT, ok=True, timeout=120, **environment):
     """`python ARGUMENTS` from the project's folder -> CompletedProcess with text; `ok` asserts exit status 0."""
-    result = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=clean_environment(**environment),
-                            capture_output=True, text=True, timeout=timeout)
+    process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=cwd, env=clean_environment(**environment),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # a launcher's processes too
+        raise
+    result = subprocess.CompletedProcess(arguments, process.returncode, out, err)
     assert not ok or result.returncode == 0, f"{arguments}: {result.returncode}\n{result.stdout}\n{result.stderr}"
     return result
 
