@@ -190,26 +190,34 @@ def ssim(a, b):
     return local.mean((1, 2, 3))
 
 
+def gradient_magnitude(images):
+    """Mean length of the gradient of uint8 (B, H, W, 3), by differences to the next pixel -> (B,) float64."""
+    x = images.double()
+    return torch.hypot(x[:, 1:, :-1] - x[:, :-1, :-1], x[:, :-1, 1:] - x[:, :-1, :-1]).mean((1, 2, 3))
+
+
 class PairSums:
-    """Sums over image pairs of PSNR, SSIM and, if there is a network for it, LPIPS."""
+    """Sums over image pairs of PSNR, SSIM, the gradients for the sharpness and, if there is a network for it, LPIPS."""
 
     def __init__(self, perceptual, on):
         self.perceptual, self.on = perceptual, on
         self.place = float64_place(on)
-        self.sums = torch.zeros(4, dtype=torch.float64)  # the last is the count
+        self.sums = torch.zeros(6, dtype=torch.float64)  # the last is the count
 
     def add(self, a, b):
-        """uint8 (B, H, W, 3) twice."""
-        similarity, lpips = ssim(a.to(self.place), b.to(self.place)).sum().item(), 0.0
-        if self.perceptual:
-            lpips = self.perceptual(data.to_float(a, self.on), data.to_float(b, self.on)).double().sum().item()
-        self.sums += torch.tensor([data.psnr(a, b).sum(), similarity, lpips, len(a)], dtype=torch.float64)
+        """Originals and their reconstructions, uint8 (B, H, W, 3) each."""
+        here = a.to(self.place), b.to(self.place)
+        sums = [data.psnr(*here).sum(), ssim(*here).sum(), *(gradient_magnitude(x).sum() for x in here)]
+        lpips = self.perceptual(data.to_float(a, self.on), data.to_float(b, self.on)).sum() if self.perceptual else 0
+        self.sums += torch.tensor([*sums, lpips, len(a)], dtype=torch.float64)
 
     def means(self, processes):
-        """-> (how many pairs, {name of the metric: its mean over them})."""
-        psnr, similarity, lpips, count = processes.sum(self.sums).tolist()
+        """-> (how many pairs, {name of the metric: its mean over them}). Sharpness: gradients of the reconstructions in
+        units of the originals'; below 1 they are blurred."""
+        psnr, similarity, before, after, lpips, count = processes.sum(self.sums).tolist()
         return int(count), {"PSNR": psnr / count, "SSIM": similarity / count,
-                            "LPIPS": lpips / count if self.perceptual else None}
+                            "LPIPS": lpips / count if self.perceptual else None,
+                            "sharpness": after / before if before else None}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -599,7 +607,7 @@ def evaluate_pairs(processes):
         in_a, in_b = torch.isin(of_a, of_b), torch.isin(of_b, of_a)  # both of a pair could be decoded
         if in_a.any():
             a, b, indices = a[in_a], b[in_b], of_a[in_a]
-            pairs.add(a, b)
+            pairs.add(b, a)
             if network:
                 firsts.add(a, indices)
                 seconds.add(b, indices)

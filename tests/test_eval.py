@@ -317,11 +317,14 @@ def test_psnr_and_ssim_equal_skimage_s(height, width):
     assert min(similarity) < 0.1 and similarity[-1] == 1
     np.testing.assert_allclose(stage4.ssim(a, b), similarity, atol=1e-4)
     ratio = [peak_signal_noise_ratio(x, y, data_range=255) for x, y in zip(a[:-1].numpy(), b[:-1].numpy())]
+    steep = [np.mean([np.hypot(np.diff(x, axis=0)[:, :-1], np.diff(x, axis=1)[:-1])]) for x in
+             (set.double().movedim(0, -1).numpy() for set in (a[:-1], b[:-1]))]
     sums = stage4.PairSums(None, CPU)
     sums.add(a[:1], b[:1])
     sums.add(a[1:-1], b[1:-1])
     assert sums.means(process()) == (5, {"PSNR": pytest.approx(np.mean(ratio), abs=1e-4), "LPIPS": None,
-                                         "SSIM": pytest.approx(np.mean(similarity[:-1]), abs=1e-4)})
+                                         "SSIM": pytest.approx(np.mean(similarity[:-1]), abs=1e-4),
+                                         "sharpness": pytest.approx(steep[1] / steep[0])})
 
 
 @pytest.mark.filterwarnings("ignore:.*pretrained:UserWarning", "ignore:.*weight enum:UserWarning")
@@ -400,7 +403,9 @@ def test_tokenizer_s_and_pairs_table(tokenizer, net, evaluate, monkeypatch, tmp_
     expected = {"rFD (net.pt2)": net_distance(originals, reconstructions),
                 "PSNR": pytest.approx(data.psnr(originals, reconstructions).mean().item(), rel=1e-4),
                 "SSIM": pytest.approx(stage4.ssim(originals, reconstructions).mean().item(), rel=1e-4),
-                "LPIPS": pytest.approx((originals.float() - reconstructions).abs().mean().item() / 127.5, rel=1e-4)}
+                "LPIPS": pytest.approx((originals.float() - reconstructions).abs().mean().item() / 127.5, rel=1e-4),
+                "sharpness": pytest.approx((stage4.gradient_magnitude(reconstructions).mean()
+                                            / stage4.gradient_magnitude(originals).mean()).item(), rel=1e-4)}
     files = dict(reference=folder_of(originals, tmp_path / "a"), samples=folder_of(reconstructions, tmp_path / "b"))
     table = evaluate(**files, paired=True, feature_net=net)
     assert numbers(table) == expected and table["constants"]["paired"] and "4 pairs" in table["measured"]
@@ -453,7 +458,7 @@ def test_without_weights_the_rest_of_the_table_is_measured(given, evaluate, offl
     shown, in_order, url = [], data.in_order, stage4.INCEPTION[0]
     monkeypatch.setattr(data, "in_order", lambda *words: shown.append(capsys.readouterr().out) or in_order(*words))
     table = evaluate(**{**given, "feature_net": ""})
-    measured = {"PSNR", "SSIM"} | (PROBES if "tokenizer" in given else set())
+    measured = {"PSNR", "SSIM", "sharpness"} | (PROBES if "tokenizer" in given else set())
     assert numbers(table).keys() == measured and table.keys() == measured | {"measured", "constants", "rFID", "LPIPS"}
     assert table["rFID"] is None and table["LPIPS"] is None
     line, = [line for line in shown[0].splitlines() if line.startswith("will not be measured")]
