@@ -6,6 +6,7 @@
     Decoder                        the mirror image of both
     TCAE                           the tokenizer: encode(images) -> z, decode(z) -> images
     IBOTHead, JointTokenizer       what is trained beside it in stage 1, and both together
+    Discriminator                  what the decoder is finetuned against, on a frozen DINO
     LightningDiT                   the generator, on the tokenizer's latents
     flow_matching_loss, sample_flow    how it is trained and used, side by side
 
@@ -17,6 +18,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}  # width, depth (blocks), heads
 
@@ -348,7 +350,8 @@ class TCAE(nn.Module):
 
 
 class IBOTHead(nn.Module):
-    """Tokens (…, D) -> logits (…, K): MLP, L2 normalisation, cosine with K prototypes; [CLS] and patches share it."""
+    """Tokens (…, D) -> logits (…, K): MLP, L2 normalisation, cosine with K prototypes; in iBOT [CLS] and patches share
+    one."""
 
     def __init__(self, width, hidden=2048, bottleneck=256, prototypes=8192):
         super().__init__()
@@ -363,37 +366,160 @@ class IBOTHead(nn.Module):
             return F.linear(x, F.normalize(self.prototypes, dim=-1))
 
 
-def ssl_logits(encoder, head, crops, positions=None, mask=None):
-    """Crops (B, 3, H, W) -> logits of [CLS] (B, K) and of the output tokens at `positions` (P, K), None without them.
+def ssl_logits(encoder, heads, crops, positions=None, mask=None):
+    """Crops (B, 3, H, W) -> logits of [CLS] (B, K), logits of the output tokens at `positions` (P, K) or None without
+    them, and [CLS] itself (B, D).
 
-    `positions` (P,) are indices into all B h w output tokens. Only masked tokens enter the loss; the head, whose K-wide
-    output is the largest tensor of the step, runs on them alone.
+    `heads`: one for both, or one for [CLS] and one for tokens. `positions` (P,) are indices into all B h w output
+    tokens. Only masked tokens enter the loss; the head, whose K-wide output is the largest tensor of the step, runs on
+    them alone.
     """
     cls, tokens = encoder(crops, mask)
     if positions is None:
-        return head(cls), None
-    return head(torch.cat([cls, tokens.flatten(0, 1)[positions]])).split([len(cls), len(positions)])
+        return heads[0](cls), None, cls
+    tokens = tokens.flatten(0, 1)[positions]  # (P, D)
+    if len(heads) == 2:
+        return heads[0](cls), heads[1](tokens), cls
+    return *heads[0](torch.cat([cls, tokens])).split([len(cls), len(tokens)]), cls
 
 
 class JointTokenizer(nn.Module):
     """All that stage 1 trains, with one forward for one step, so that DistributedDataParallel sees every gradient."""
 
-    def __init__(self, tcae, head=None):
+    def __init__(self, tcae, heads=None, masks=True):
         super().__init__()
-        self.tcae, self.head = tcae, head
-        tcae.encoder.mask_token.requires_grad_(head is not None)  # DDP insists that what it trains is used
+        self.tcae, self.heads = tcae, heads
+        tcae.encoder.mask_token.requires_grad_(heads is not None and masks)  # DDP insists that what it trains is used
 
     def forward(self, images, views=None):
-        """Images (B, 3, H, W) -> their reconstruction, and for `views` (see ssl.by_view) the student's logits:
-        [CLS] of both global crops (2 B, K), masked tokens (P, K), [CLS] of the local crops (L B, K)."""
+        """Images (B, 3, H, W) -> their reconstruction, and for `views` (see ssl.by_view) the student's logits: [CLS] of
+        both global crops (2 B, K), masked tokens (P, K), [CLS] of the local crops (L B, K); and the first's [CLS]
+        itself (2 B, D)."""
         reconstruction = self.tcae(images)
         if views is None:
             return reconstruction, None
         encoder = self.tcae.encoder
-        global_cls, patches = ssl_logits(encoder, self.head, views["global_crops"], views["positions"], views["mask"])
+        global_cls, patches, cls = ssl_logits(encoder, self.heads, views["global_crops"], views["positions"],
+                                              views["mask"])
         local_crops = views["local_crops"]
-        local_cls = ssl_logits(encoder, self.head, local_crops)[0] if len(local_crops) else global_cls[:0]
-        return reconstruction, (global_cls, patches, local_cls)
+        local_cls = ssl_logits(encoder, self.heads, local_crops)[0] if len(local_crops) else global_cls[:0]
+        return reconstruction, (global_cls, patches, local_cls, cls)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The discriminator, for decoder finetuning alone (Table 7, right; the recipe is RAE's)
+
+
+class DINO(nn.Module):
+    """A frozen ViT with DINO's names, so that Meta's checkpoint loads as it is: images (B, 3, H, W) in [-1, 1] ->
+    five maps of tokens (B, D, N), from a quarter, half, three quarters and all of its depth, the last one twice.
+
+    (RAE sets the bias of the keys to 0. It adds the same to all of a query's products, so softmax does not see it.)
+    """
+
+    def __init__(self, size="S", patch_size=8, input_size=224):
+        super().__init__()
+        width, depth, heads = parse_size("discriminator_size", size)
+        if depth < 4:
+            raise ValueError(f"discriminator_size={size!r}: at least 4 blocks, since its heads look at four of them")
+        if input_size % patch_size or input_size < 2 * patch_size:
+            raise ValueError(f"discriminator_input={input_size} must be a multiple of {patch_size}, at least "
+                             f"{2 * patch_size}: its heads look at four tokens to both sides")
+        self.input_size, self.width = input_size, width
+        self.taps = [round(depth * k / 4) - 1 for k in (1, 2, 3, 4)]  # of 12 blocks: 2, 5, 8 and 11
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch_size, stride=patch_size)})
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + (input_size // patch_size) ** 2, width))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)  # not used here, but the checkpoint has it
+        self.apply(init_weights)
+        self.requires_grad_(False)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
+
+    def forward(self, images):
+        if images.shape[2:] != (self.input_size, self.input_size):
+            shrink = images.shape[2] > self.input_size
+            images = F.interpolate(images, (self.input_size, self.input_size), mode="area" if shrink else "bicubic")
+        x = (images / 2 + 0.5 - self.mean) / self.std
+        x = to_tokens(self.patch_embed["proj"](x))  # (B, N, D)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        maps = []
+        for k, block in enumerate(self.blocks):
+            x = block(x)
+            maps += [x[:, 1:].transpose(1, 2)] * self.taps.count(k)  # (B, D, N)
+        return [maps[-1], *maps]
+
+
+class BatchStatistics(nn.Module):
+    """Normalises each channel of (B, D, N) by the mean and variance of groups of eight images, then scales and shifts.
+
+    There are no running averages: a discriminator is always asked about a batch. Groups of eight make the result the
+    same for any batch or number of processes that is a multiple of eight.
+    """
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width, 1)), nn.Parameter(torch.zeros(width, 1))
+
+    def forward(self, x):
+        groups = x.float().unflatten(0, (-1, 8 if len(x) % 8 == 0 else len(x)))  # (G, 8, D, N)
+        var, mean = torch.var_mean(groups, dim=(1, 3), correction=0, keepdim=True)
+        x = ((groups - mean) * torch.rsqrt(var + 1e-5)).flatten(0, 1)
+        return x * self.weight + self.bias
+
+
+class DiscriminatorHead(nn.Module):
+    """Features (B, D, N) -> logits (B, N): three spectrally normalised convolutions along the tokens, the middle one
+    around a residual."""
+
+    def __init__(self, width):
+        super().__init__()
+
+        def conv(outputs, kernel):
+            return spectral_norm(nn.Conv1d(width, outputs, kernel, padding=kernel // 2, padding_mode="circular"))
+
+        def block(kernel):
+            return nn.Sequential(conv(width, kernel), BatchStatistics(width), nn.LeakyReLU(0.2))
+
+        self.block1, self.block9, self.out = block(1), block(9), conv(1, 1)
+
+    def forward(self, features):
+        x = self.block1(features)
+        x = (x + self.block9(x)) / 2**0.5
+        return self.out(x)[:, 0]
+
+
+class Discriminator(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] -> logits (B, 5 N), high for what looks real. Only the five heads are trained."""
+
+    def __init__(self, dino):
+        super().__init__()
+        self.dino = dino
+        self.heads = nn.ModuleList(DiscriminatorHead(dino.width) for _ in range(5))
+
+    def forward(self, images):
+        return torch.cat([head(x) for head, x in zip(self.heads, self.dino(images))], dim=1).float()
+
+
+def augment_differentiably(images):
+    """Random brightness, saturation, contrast and a shift by up to an eighth of the side, per image, (B, 3, H, W): of
+    real and generated images alike, so that the discriminator can't learn the training images by heart (DiffAugment).
+    """
+    B, _, height, width = images.shape
+    brightness, saturation, contrast = torch.rand(3, B, 1, 1, 1, device=images.device)
+    x = images + brightness - 0.5
+    mean = x.mean(1, keepdim=True)
+    x = mean + (x - mean) * 2 * saturation
+    mean = x.mean((1, 2, 3), keepdim=True)
+    x = mean + (x - mean) * (contrast + 0.5)
+    down, right = ((torch.rand(2, B, 1, 1, device=images.device) * 2 - 1) / 8)  # as shares of the sides
+    rows = torch.arange(height, device=images.device)[:, None] - (down * height).round().long()  # (B, H, 1)
+    columns = torch.arange(width, device=images.device) - (right * width).round().long()  # (B, 1, W)
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)  # (B, H, W); beyond it: grey
+    source = rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)
+    x = x.flatten(2).gather(2, source.flatten(1)[:, None].expand(-1, 3, -1)).view_as(x)
+    return x * inside[:, None]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

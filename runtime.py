@@ -307,7 +307,7 @@ class Progress:
         self.pending, self.since = [], time.perf_counter()
 
     def add(self, terms):
-        """terms: {name: scalar tensor}, the same names every step."""
+        """terms: {name: scalar tensor}, of a step, with the same names in all processes."""
         self.pending.append(terms)
         self.step += 1
         self.bar.update()
@@ -316,17 +316,20 @@ class Progress:
         """Means over the steps since the last report and over all processes, to the log and the bar. Fails at the first
         NaN or infinity, naming step and term."""
         torch = self.processes.torch
-        names, first = list(self.pending[0]), self.step - len(self.pending) + 1
-        values = torch.stack([torch.stack(list(terms.values())) for terms in self.pending])  # (steps, terms)
-        values = (self.processes.sum(values) / self.processes.count).cpu()
-        for step, row in enumerate(values.tolist(), first):
-            for name, value in zip(names, row):
-                if not math.isfinite(value):
-                    self.bar.close()  # so that the message has a line of its own
-                    kept = f"The last good checkpoint stays in {self.checkpoint}. " if self.checkpoint.exists() else ""
-                    fail(f"step {step}: {name} is {value}. {kept}Begin again with a smaller learning_rate")
-        seconds = time.perf_counter() - self.since
-        speed, means = self.batch_size * len(self.pending) / seconds, dict(zip(names, values.mean(0).tolist()))
+        first = self.step - len(self.pending) + 1
+        places = [(step, name) for step, terms in enumerate(self.pending, first) for name in terms]
+        values = torch.stack([value.float() for terms in self.pending for value in terms.values()])
+        values = (self.processes.sum(values) / self.processes.count).tolist()
+        for (step, name), value in zip(places, values):
+            if not math.isfinite(value):
+                self.bar.close()  # so that the message has a line of its own
+                kept = f"The last good checkpoint stays in {self.checkpoint}. " if self.checkpoint.exists() else ""
+                fail(f"step {step}: {name} is {value}. {kept}Begin again with a smaller learning_rate")
+        seconds, by_name = time.perf_counter() - self.since, {}
+        for (_, name), value in zip(places, values):
+            by_name.setdefault(name, []).append(value)
+        speed = self.batch_size * len(self.pending) / seconds
+        means = {name: sum(values) / len(values) for name, values in by_name.items()}
         self.write(**means, lr=lr, seconds=seconds, images_per_second=speed)
         self.bar.set_postfix({**{name: f"{value:.3f}" for name, value in means.items()}, "img/s": f"{speed:.0f}"})
         self.pending = []

@@ -1,9 +1,11 @@
-"""Joint self-supervision with iBOT (Sec. 3.4): views, masks, targets and losses. Nothing here has parameters; the head
-is in model.py.
+"""Joint self-supervision with iBOT (Sec. 3.4), and its relatives of Table 6, DINO and DINOv2: views, masks, targets and
+losses. Nothing here has parameters; the head is in model.py.
 
     MultiCrop           one image -> two global crops with block masks, and local crops
     by_view             a batch of them -> what JointTokenizer.forward takes
+    METHODS             in what the three differ
     IBOTLoss            L_[CLS] + L_MIM, and the centres
+    sinkhorn_knopp, koleo    what DINOv2 has instead of the centres, and beside them
     teacher_*           the schedules of the teacher
 
 The name is taken: `import ssl` anywhere in this project's processes, in urllib or pip or torch.hub, finds this file
@@ -123,10 +125,10 @@ class MultiCrop:
     """A PIL image and an rng -> {"global_crops": uint8 (2, g, g, 3), "local_crops": uint8 (L, l, l, 3), "mask": bool
     (2, h, h)}. Masks are drawn on the encoder's output grid, h = global_size / output_patch."""
 
-    def __init__(self, global_size, global_scale, local_size, local_scale, local_crops, output_patch):
+    def __init__(self, global_size, global_scale, local_size, local_scale, local_crops, output_patch, masks=True):
         self.global_size, self.global_scale = global_size, global_scale
         self.local_size, self.local_scale, self.local_crops = local_size, local_scale, local_crops
-        self.mask_grid = global_size // output_patch
+        self.mask_grid, self.masks = global_size // output_patch, masks
         self.blur_scale = global_size / 224  # iBOT's radii are meant for 224 px: a small image is blurred less
 
     def __call__(self, image, rng):
@@ -139,7 +141,8 @@ class MultiCrop:
             "global_crops": np.stack([view(self.global_size, self.global_scale, 1.0, 0.0),
                                       view(self.global_size, self.global_scale, 0.1, 0.2)]),
             "local_crops": np.array(local_crops, np.uint8).reshape(-1, self.local_size, self.local_size, 3),
-            "mask": np.stack([random_mask(self.mask_grid, rng) for _ in range(2)]),
+            "mask": np.stack([random_mask(self.mask_grid, rng) if self.masks else
+                              np.zeros((self.mask_grid, self.mask_grid), bool) for _ in range(2)]),
         }
 
 
@@ -161,6 +164,30 @@ def by_view(views):
 # ----------------------------------------------------------------------------------------------------------------------
 # The loss (Eq. 4)
 
+METHODS = {  # Table 6, right. masks: L_MIM; untied: a head for patches of their own
+    "dino": dict(masks=False, untied=False, sinkhorn=False, koleo_weight=0.0),
+    "ibot": dict(masks=True, untied=False, sinkhorn=False, koleo_weight=0.0),
+    "dinov2": dict(masks=True, untied=True, sinkhorn=True, koleo_weight=0.1),
+}
+
+
+def sinkhorn_knopp(logits, temperature, sum_over_processes, iterations=3):
+    """Soft assignments (N, K) of all processes' samples to prototypes, so that every prototype gets as much as any
+    other: exp(logits / temperature) with columns and rows divided by their sums in turn. Rows sum to 1."""
+    q = ((logits - 1) / temperature).exp()  # logits are cosines, at most 1; a factor that all share cancels
+    for _ in range(iterations):
+        q = q / sum_over_processes(q.sum(0)).clamp(min=1e-30)
+        q = q / q.sum(1, keepdim=True)
+    return q
+
+
+def koleo(x):
+    """-mean log of the distance to the nearest other row, of rows scaled to length 1, (N, D): it spreads them out
+    (Sablayrolles et al. 2019)."""
+    x = torch.nn.functional.normalize(x.float(), dim=-1)
+    nearest = (x @ x.T).detach().fill_diagonal_(-1).argmax(1)
+    return -(torch.nn.functional.pairwise_distance(x, x[nearest]) + 1e-8).log().mean()
+
 
 class IBOTLoss:
     """Cross-entropy of the student against softmax((teacher - centre) / teacher_temp), for [CLS] between different
@@ -169,17 +196,24 @@ class IBOTLoss:
     The centre is a moving average of the teacher's logits over the global batch: subtracting it keeps any prototype
     from winning every image; the low temperature keeps the output from becoming uniform. For patches the average is
     over the masked tokens, the only ones whose logits are computed.
+
+    With `sinkhorn` the targets are those of sinkhorn_knopp instead, without a centre; `koleo_weight` adds KoLeo of
+    [CLS] over the images of one view and process (both DINOv2).
     """
 
-    def __init__(self, prototypes, device, student_temp=0.1, center_momentum=0.9):
+    def __init__(self, prototypes, device, student_temp=0.1, center_momentum=0.9, sinkhorn=False, koleo_weight=0.0,
+                 sum_over_processes=lambda x: x):
         self.student_temp, self.center_momentum = student_temp, center_momentum
+        self.sinkhorn, self.koleo_weight, self.sum_over_processes = sinkhorn, koleo_weight, sum_over_processes
         self.centers = {"cls": torch.zeros(prototypes, device=device), "patch": torch.zeros(prototypes, device=device)}
         self.batch_sums = {}
 
     def __call__(self, student, teacher, weights, teacher_temp):
-        """-> {"cls": L_[CLS], "mim": L_MIM} and, for the log, the entropy of the teacher's outputs (nats).
+        """-> {"cls": L_[CLS], "mim": L_MIM, "koleo" if it has a weight}, which are to be added up, and, for the log,
+        the entropy of the teacher's outputs (nats).
 
-        student: logits ([CLS] of global crops (2 B, K), masked tokens (P, K), [CLS] of local crops (L B, K)).
+        student: logits ([CLS] of global crops (2 B, K), masked tokens (P, K), [CLS] of local crops (L B, K)) and the
+        first's [CLS] itself (2 B, D), see JointTokenizer.
         teacher: logits ([CLS] of global crops (2 B, K), the same masked tokens (P, K)); weights (P,) from by_view.
         """
         teacher_cls, teacher_patches = (logits.float() for logits in teacher)
@@ -187,26 +221,34 @@ class IBOTLoss:
             total = torch.cat([logits.sum(0), logits.new_full((1,), len(logits))])  # (K + 1,), the last is the count
             self.batch_sums[name] = self.batch_sums.get(name, 0) + total
 
-        target = ((teacher_cls - self.centers["cls"]) / teacher_temp).softmax(-1).unflatten(0, (2, -1))  # (2, B, K)
+        target = self.target("cls", teacher_cls, teacher_temp).unflatten(0, (2, -1))  # (2, B, K)
         views = torch.cat([student[0], student[2]]).unflatten(0, (-1, target.shape[1]))  # (2 + L, B, K)
         log_student = (views.float() / self.student_temp).log_softmax(-1)
         others = log_student.sum(0) - log_student[:2]  # (2, B, K): for global view q the sum over all v ≠ q
         pairs = 2 * (len(views) - 1)
         loss_cls = -(target * others).sum((0, 2)).mean() / pairs
 
-        patch_target = ((teacher_patches - self.centers["patch"]) / teacher_temp).softmax(-1)  # (P, K)
+        patch_target = self.target("patch", teacher_patches, teacher_temp)  # (P, K)
         log_patches = (student[1].float() / self.student_temp).log_softmax(-1)
         loss_mim = -(weights[:, None] * patch_target * log_patches).sum()
 
+        terms = {"cls": loss_cls, "mim": loss_mim}
+        if self.koleo_weight:
+            terms["koleo"] = self.koleo_weight * sum(koleo(view) for view in student[3].chunk(2))
         mean = target.mean((0, 1))
-        return {"cls": loss_cls, "mim": loss_mim}, \
+        return terms, \
             {"teacher_entropy": -(target * target.clamp(min=1e-12).log()).sum(-1).mean(),
              "batch_entropy": -(mean * mean.clamp(min=1e-12).log()).sum()}
 
-    def update_centers(self, sum_over_processes):
+    def target(self, name, logits, temperature):
+        if self.sinkhorn:
+            return sinkhorn_knopp(logits, temperature, self.sum_over_processes)
+        return ((logits - self.centers[name]) / temperature).softmax(-1)
+
+    def update_centers(self):
         """Once per step, after all its micro-batches: centre <- 0.9 centre + 0.1 mean of the global batch."""
         for name, total in self.batch_sums.items():
-            logits, count = sum_over_processes(total).split([len(total) - 1, 1])
+            logits, count = self.sum_over_processes(total).split([len(total) - 1, 1])
             mean = torch.where(count > 0, logits / count.clamp(min=1), self.centers[name])  # count 0: nothing masked
             self.centers[name].lerp_(mean, 1 - self.center_momentum)
         self.batch_sums = {}

@@ -3,8 +3,11 @@
     python train_tokenizer.py config/shapes_tokenizer.py                      # a laptop, minutes, no data needed
     torchrun --nproc_per_node=8 train_tokenizer.py --data_dir=imagenet        # the paper's run: p = 8, M = 6
     python train_tokenizer.py --data_dir=imagenet --out_dir=out/x --resume=True    # goes on where it stopped
+    torchrun --nproc_per_node=8 train_tokenizer.py config/finetune_decoder.py --init_from=out/tokenizer/checkpoint.pt
 
-L = α L_rec + L_iBOT, L_rec = L1 + λ_p LPIPS (Eq. 5 and 6). The defaults are Table 7's left column.
+L = α L_rec + L_iBOT, L_rec = L1 + λ_p LPIPS + λ_q L_adv (Eq. 5 and 6). The defaults are Table 7's left column, where
+λ_q is 0; with --init_from the decoder alone is trained on, as in its right column. What is adversarial stands in
+Adversary.
 Writes out_dir/checkpoint.pt, log.jsonl and reconstructions.png.
 """
 import copy
@@ -19,7 +22,7 @@ from tqdm import tqdm
 import data
 import runtime
 import ssl  # ours: see its docstring
-from model import IBOTHead, Block, JointTokenizer, TCAE, ssl_logits
+from model import DINO, Block, Discriminator, IBOTHead, JointTokenizer, TCAE, augment_differentiably, ssl_logits
 from runtime import check
 
 # Data
@@ -42,7 +45,7 @@ alpha = 0.1  # α, weight of the reconstruction (Table 9)
 lpips_weight = 1.0  # λ_p; 0 = no perceptual loss, and no VGG weights needed
 
 # Self-supervision
-ssl_method = "ibot"  # or "none"
+ssl_method = "ibot"  # or "dino", "dinov2" (Table 6), "none"
 prototypes = 8192  # K, outputs of the head
 head_hidden = 2048  # width of the head's MLP
 global_crop_size = 224  # pixels
@@ -55,10 +58,21 @@ teacher_temp = (0.04, 0.07)  # τ_t at the start and after its warm-up; lower it
 teacher_temp_warmup = 0.0375  # share of training over which τ_t rises (iBOT: 30 of 800 epochs)
 freeze_prototypes_epochs = 1.0  # epochs in which the head's last layer stays as it is
 
+# Decoder finetuning (config/finetune_decoder.py; joint training does without)
+init_from = ""  # a checkpoint of joint training: its encoder and bottleneck stay, its sizes and data_dir are taken over
+adversarial_weight = 0.0  # λ_q; 0 = no discriminator
+discriminator_start = 6.0  # epoch from which the discriminator is trained
+adversarial_start = 8.0  # epoch from which its loss counts
+discriminator_weights = "dino"  # of the frozen ViT-S/8 under the trained heads; "random", for tests and experiments
+discriminator_size = "S"  # of that ViT; another one than S only with random weights
+discriminator_input = 224  # pixels to which it resizes what it sees
+discriminator_augment = True  # colours and places are varied before it looks
+decoder_ema = 0.0  # momentum of the averaged decoder, which is the one that is kept; 0 = none
+
 # Optimisation (Table 7, left)
 epochs = 50
 batch_size = 512  # images per step, over all processes
-accumulate = 1  # micro-batches per step and process: less memory, the same gradient
+accumulate = 1  # micro-batches per step and process: less memory, the same gradient (not so for dinov2, adversarial)
 learning_rate = 1e-3  # at the end of the warm-up
 min_learning_rate = 1e-6  # at the end
 warmup_epochs = 5.0
@@ -80,20 +94,42 @@ val_images = 1000  # how many images a validation takes; 0 = all
 stats_images = 50000  # training images that the latents' mean and std are measured on
 pca_baseline = False  # True: at the end print PCA's PSNR with as many values per image; small images only
 
+DINO_WEIGHTS = ("https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
+                "")  # no checksum is published; that every name and shape fits is checked
+
+TAKEN_OVER = ("image_size", "patch_size", "downsample", "latent_channels", "encoder", "decoder", "stc_depth",
+              "compression", "shapes_images")  # from the checkpoint that init_from names
+
 FREE = {"out_dir", "resume", "device", "workers", "compile", "accumulate", "log_every", "save_every", "eval_every",
         "val_images", "data_dir"}  # constants that a resumed run may change
 
 
 def check_constants(processes):
     """What configure() can't know. Each message names the constant and says what to do."""
-    check(ssl_method in ("ibot", "none"), f"ssl_method={ssl_method!r}: it is 'ibot' or 'none'")
+    check(ssl_method in (*ssl.METHODS, "none"), f"ssl_method={ssl_method!r}: it is {', '.join(ssl.METHODS)} or none")
+    check(not adversarial_weight or init_from, f"adversarial_weight={adversarial_weight} needs --init_from=CHECKPOINT")
+    check(not init_from or ssl_method == "none", f"init_from={init_from} trains the decoder alone: --ssl_method=none")
+    check(discriminator_start <= adversarial_start,
+          f"discriminator_start={discriminator_start} must not be later than adversarial_start={adversarial_start}")
+    check(discriminator_weights in ("dino", "random"),
+          f"discriminator_weights={discriminator_weights!r}: it is 'dino' or 'random'")
+    check(discriminator_weights == "random" or (discriminator_size, discriminator_input) == ("S", 224),
+          f"discriminator_size={discriminator_size!r}, discriminator_input={discriminator_input}: DINO's weights are "
+          "for S and 224; --discriminator_weights=random for others")
+    check(decoder_ema < 1, f"decoder_ema={decoder_ema} must be below 1")
+    check(not decoder_ema or init_from, f"decoder_ema={decoder_ema} needs --init_from=CHECKPOINT")
+    check(not adversarial_weight or adversarial_start < epochs,
+          f"adversarial_start={adversarial_start} must be earlier than epochs={epochs}, or its loss never counts")
     for name in "epochs", "batch_size", "accumulate", "log_every", "save_every", "eval_every", "image_size", \
             "patch_size", "downsample", "latent_channels", "prototypes", "head_hidden", "global_crop_size", \
             "local_crop_size", "stats_images", "shapes_images":
         check(globals()[name] > 0, f"{name}={globals()[name]} must be at least 1")
     shares = processes.count * accumulate
     check(batch_size % shares == 0, f"batch_size={batch_size} must be a multiple of {shares} (processes × accumulate)")
-    for name in "warmup_epochs", "freeze_prototypes_epochs":
+    check(not adversarial_weight or batch_size // shares % 8 == 0,
+          f"batch_size={batch_size} must be a multiple of {8 * shares} (8, the discriminator's groups, × processes × "
+          "accumulate)")
+    for name in ("warmup_epochs",) + (("freeze_prototypes_epochs",) if ssl_method != "none" else ()):
         check(globals()[name] <= epochs, f"{name}={globals()[name]} is more than epochs={epochs}")
     check(not pca_baseline or image_size <= 64, f"pca_baseline=True: image_size={image_size} must be at most 64 for it")
     check(teacher_momentum <= 1, f"teacher_momentum={teacher_momentum} must be between 0 and 1")
@@ -138,7 +174,107 @@ def build_optimizer(model, on):
                              betas=betas, weight_decay=weight_decay, fused=on.type in ("cuda", "cpu"))
 
 
-def losses(model, teacher, ibot, perceptual, views, share_done, processes):
+class Adversary:
+    """The adversarial part of decoder finetuning: the discriminator, its optimizer, and the decoder's loss against it.
+
+    Called with an epoch before discriminator_start it does nothing, until adversarial_start the discriminator learns
+    alone, and from then on its loss counts for the decoder.
+    """
+
+    def __init__(self, last_layer, processes):
+        torch.manual_seed(seed)  # random weights must be the same ones after a restart
+        try:
+            dino = DINO(discriminator_size, input_size=discriminator_input)
+        except ValueError as error:  # sizes that do not fit; it names the constant
+            runtime.fail(error)
+        if discriminator_weights == "dino":
+            try:
+                path = runtime.published(*DINO_WEIGHTS, processes)
+            except runtime.MissingWeights as error:
+                runtime.fail(f"{error}, or do without: --adversarial_weight=0 (no discriminator), or "
+                             "--discriminator_weights=random (an untrained one, for experiments)")
+            try:
+                dino.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+            except Exception as error:
+                runtime.fail(f"discriminator_weights=dino: {path} is another file or damaged; remove it and start "
+                             f"again ({str(error).splitlines()[0]})", everywhere=False)
+        else:
+            processes.print("the discriminator stands on random weights, not on DINO's: an experiment")
+        self.network = Discriminator(dino).to(processes.device)
+        self.last_layer, self.processes = last_layer, processes
+        self.optimizer = torch.optim.AdamW(self.network.heads.parameters(), lr=learning_rate, betas=betas,
+                                           weight_decay=weight_decay)
+        self.trained = distribute(self.network, processes)
+
+    def state_dict(self):
+        return {"heads": self.network.heads.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state):
+        self.network.heads.load_state_dict(state["heads"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def __call__(self, rec, images, reconstruction, epoch):
+        """The decoder's loss in place of L_rec, and terms for the log. The discriminator's gradients are left in it."""
+        terms = self.learn(images, reconstruction) if epoch >= discriminator_start else {}
+        if epoch < adversarial_start:
+            return rec, terms
+        loss, more = self.decoder_loss(rec, images, reconstruction)
+        return loss, {**terms, **more}
+
+    def decoder_loss(self, rec, images, reconstruction):
+        """L_rec + λ_q w L_adv with L_adv = -mean D(reconstruction) and the adaptive weight
+        w = ‖∇L_rec‖ / ‖∇L_adv‖ at the weights of the decoder's last layer -> that loss, {L_adv, w}.
+
+        The two gradients at the reconstruction serve twice, for the weight and for the rest of the way back: so LPIPS
+        and DINO are gone through backwards only once.
+        """
+        self.network.eval()  # spectral norm's power iteration goes on in the discriminator's own step
+        adversarial = -self.logits(self.network, images, reconstruction)[1].mean()
+        of_rec, = torch.autograd.grad(rec, reconstruction)
+        of_adversarial, = torch.autograd.grad(adversarial, reconstruction)
+        norms = []
+        for gradient in of_rec, of_adversarial:
+            at_last, = torch.autograd.grad(reconstruction, self.last_layer, gradient, retain_graph=True)
+            norms.append(self.processes.sum(at_last).norm())
+        weight = (norms[0] / (norms[1] + 1e-6)).clamp(max=1e4)
+        gradient = of_rec + adversarial_weight * weight * of_adversarial
+        value = rec.detach() + adversarial_weight * weight * adversarial.detach()
+        through = (reconstruction * gradient).sum()  # its gradient is `gradient`, its value of no interest
+        return value + (through - through.detach()), {"adversarial": adversarial.detach(), "adaptive_weight": weight}
+
+    def logits(self, network, images, reconstruction):
+        """Of real and of generated images, (B, 5 N) each. They stand in turn: so every group of eight has half of each,
+        here as there, and what tells them apart is not taken away with the group's mean."""
+        both = torch.stack([images, reconstruction], dim=1).flatten(0, 1)
+        with self.processes.autocast():
+            logits = network(augment_differentiably(both) if discriminator_augment else both)
+        return logits.unflatten(0, (-1, 2)).unbind(1)
+
+    def learn(self, images, reconstruction):
+        """The hinge loss of one micro-batch, backwards too -> {loss, accuracy} of the discriminator."""
+        self.network.train()
+        fake = data.to_float(data.to_uint8(reconstruction.detach()), images.device)  # as 8 bits, like what is real
+        real, fake = self.logits(self.trained, images, fake)
+        loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+        (loss / accumulate).backward()
+        accuracy = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
+        return {"discriminator": loss.detach(), "discriminator_accuracy": accuracy}
+
+    def step(self, lr):
+        """One update with the gradients there are; none while the discriminator does not learn yet."""
+        self.optimizer.param_groups[0]["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def distribute(model, processes):
+    """The model, wrapped for several processes."""
+    on = processes.device
+    return model if processes.count == 1 else \
+        DistributedDataParallel(model, device_ids=[on.index] if on.type == "cuda" else None)
+
+
+def losses(model, teacher, ibot, perceptual, adversary, views, share_done, processes):
     """One micro-batch forward -> the loss and its terms by name (scalars; those for the log alone among them).
     share_done: of the training, 0 to 1."""
     images = views["images"]
@@ -146,17 +282,20 @@ def losses(model, teacher, ibot, perceptual, views, share_done, processes):
         reconstruction, student = model(images, views if ibot else None)
         if ibot:
             with torch.no_grad():  # the teacher sees the global crops unmasked
-                target = ssl_logits(teacher["encoder"], teacher["head"], views["global_crops"], views["positions"])
+                target = ssl_logits(teacher["encoder"], teacher["heads"], views["global_crops"], views["positions"])[:2]
     terms = {"l1": F.l1_loss(reconstruction, images)}
     rec = terms["l1"]
     if perceptual:
         terms["lpips"] = perceptual(reconstruction, images).mean()
         rec = rec + lpips_weight * terms["lpips"]
+    if adversary:
+        rec, adversarial_terms = adversary(rec, images, reconstruction, share_done * epochs)
+        terms.update(adversarial_terms)
     loss = alpha * rec  # Eq. 6, then Eq. 5
     if ibot:
         temperature = ssl.teacher_temperature(share_done, teacher_temp_warmup, *teacher_temp)
         ssl_terms, entropies = ibot(student, target, views["weights"], temperature)
-        loss = loss + ssl_terms["cls"] + ssl_terms["mim"]
+        loss = loss + sum(ssl_terms.values())
         terms.update(ssl_terms, **entropies)
     return loss, {"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}}
 
@@ -239,6 +378,10 @@ def main():
     check(resume or not os.path.exists(path),
           f"out_dir={out_dir} holds a run already: --resume=True goes on with it, another --out_dir begins a new one")
     saved = runtime.load_checkpoint(path, "out_dir") if resume and os.path.exists(path) else None
+    given = saved or (runtime.load_checkpoint(init_from, "init_from", kind="tokenizer") if init_from else None)
+    if init_from:
+        for name in TAKEN_OVER + (() if data_dir else ("data_dir",)):
+            globals()[name] = constants[name] = given["constants"][name]
     if saved:
         runtime.check_resumable(saved["constants"], constants, FREE)
         if saved["finished"]:
@@ -262,33 +405,45 @@ def main():
         tcae = TCAE.from_constants(constants).to(on)
     except ValueError as error:  # sizes that do not fit; it names the constant
         runtime.fail(error)
-    ibot = head = teacher = multi_crop = None
-    if ssl_method == "ibot":
-        head = IBOTHead(tcae.encoder.width, head_hidden, prototypes=prototypes).to(on)
-        teacher = torch.nn.ModuleDict({"encoder": copy.deepcopy(tcae.encoder), "head": copy.deepcopy(head)})
+    ibot = heads = teacher = multi_crop = None
+    if ssl_method != "none":
+        method = ssl.METHODS[ssl_method]
+        heads = torch.nn.ModuleList(IBOTHead(tcae.encoder.width, head_hidden, prototypes=prototypes)
+                                    for _ in range(2 if method["untied"] else 1)).to(on)
+        teacher = torch.nn.ModuleDict({"encoder": copy.deepcopy(tcae.encoder), "heads": copy.deepcopy(heads)})
         teacher.requires_grad_(False)
-        ibot = ssl.IBOTLoss(prototypes, on)
+        ibot = ssl.IBOTLoss(prototypes, on, sinkhorn=method["sinkhorn"], koleo_weight=method["koleo_weight"],
+                            sum_over_processes=processes.sum)
         multi_crop = ssl.MultiCrop(global_crop_size, global_crop_scale, local_crop_size, local_crop_scale, local_crops,
-                                   tcae.encoder.output_patch)
+                                   tcae.encoder.output_patch, method["masks"])
+    shown = tcae  # the tokenizer that is validated and handed on: with the averaged decoder, if there is one
+    if init_from:
+        tcae.load_state_dict(given["tokenizer"])
+        tcae.requires_grad_(False).decoder.requires_grad_(True)
+        shown = copy.deepcopy(tcae).requires_grad_(False) if decoder_ema else tcae
+    adversary = Adversary(tcae.decoder.head.weight, processes) if adversarial_weight else None
     try:
         perceptual = runtime.load_lpips("vgg", processes) if lpips_weight else None
     except runtime.MissingWeights as error:
         runtime.fail(f"{error}, or do without the perceptual loss: --lpips_weight=0")
-    model = JointTokenizer(tcae, head)
+    model = JointTokenizer(tcae, heads, ibot and method["masks"])
     optimizer = build_optimizer(model, on)
     processes.print(f"parameters: encoder {count_parameters(tcae.encoder, tcae.bottleneck):.1f} M, "
                     f"decoder {count_parameters(tcae.decoder):.1f} M"
-                    + (f", head {count_parameters(head):.1f} M" if head else ""))
+                    + (f", head {count_parameters(heads):.1f} M" if heads else ""))
 
     start = 0
     if saved:
         start = saved["step"]
-        tcae.load_state_dict(saved["tokenizer"])
+        shown.load_state_dict(saved["tokenizer"])
+        tcae.decoder.load_state_dict(saved["decoder"])
         optimizer.load_state_dict(saved["optimizer"])
         if ibot:
-            head.load_state_dict(saved["head"])
+            heads.load_state_dict(saved["heads"])
             teacher.load_state_dict(saved["teacher"])
             ibot.centers = {name: center.to(on) for name, center in saved["centers"].items()}
+        if adversary:
+            adversary.load_state_dict(saved["adversary"])
         processes.print(f"resumed from {path} at step {start}")
 
     def save(step, finished=False):
@@ -296,19 +451,21 @@ def main():
             runtime.save_checkpoint(path, {
                 "kind": "tokenizer", "constants": constants, "dtype": str(processes.dtype).removeprefix("torch."),
                 "revision": runtime.git_revision(), "step": step, "finished": finished, "images": len(train),
-                "tokenizer": tcae.state_dict(), "optimizer": optimizer.state_dict(),
-                **({"head": head.state_dict(), "teacher": teacher.state_dict(), "centers": ibot.centers}
+                "tokenizer": shown.state_dict(), "decoder": tcae.decoder.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                **({"adversary": adversary.state_dict()} if adversary else {}),
+                **({"heads": heads.state_dict(), "teacher": teacher.state_dict(), "centers": ibot.centers}
                    if ibot else {})})
 
     if compile and on.type == "cuda":
         torch._dynamo.config.cache_size_limit = 64  # one version per crop size, with and without gradient
-        for module in [*model.modules(), *(teacher.modules() if teacher else [])]:
-            if isinstance(module, Block):
-                module.compile(dynamic=False)
-    student = [*tcae.encoder.parameters(), *head.parameters()] if ibot else []
-    teachers = [*teacher["encoder"].parameters(), *teacher["head"].parameters()] if ibot else []
-    if processes.count > 1:
-        model = DistributedDataParallel(model, device_ids=[on.index] if on.type == "cuda" else None)
+        for network in filter(None, (model, teacher, adversary and adversary.network)):
+            for module in network.modules():
+                if isinstance(module, Block):
+                    module.compile(dynamic=False)
+    student = [*tcae.encoder.parameters(), *heads.parameters()] if ibot else []
+    teachers = [*teacher["encoder"].parameters(), *teacher["heads"].parameters()] if ibot else []
+    model = distribute(model, processes)
 
     os.makedirs(out_dir, exist_ok=True)
     picture = os.path.join(out_dir, "reconstructions.png")
@@ -331,19 +488,24 @@ def main():
                      for name, x in views.items()}
             if processes.count > 1:
                 model.require_backward_grad_sync = part == accumulate - 1
-            loss, terms = losses(model, teacher, ibot, perceptual, views, step / steps, processes)
+            loss, terms = losses(model, teacher, ibot, perceptual, adversary, views, step / steps, processes)
             (loss / accumulate).backward()
             step_terms = {name: step_terms.get(name, 0) + term / accumulate for name, term in terms.items()}
             bad += names
         if ibot and step < freeze_prototypes_epochs * steps_per_epoch:
-            head.prototypes.grad = None
+            for head in heads:
+                head.prototypes.grad = None
         step_terms["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
         if ibot:
-            ibot.update_centers(processes.sum)
+            ibot.update_centers()
             momentum = runtime.cosine(step, steps, teacher_momentum, 1.0)
             ssl.update_teacher(teachers, student, momentum)
+        if adversary:
+            adversary.step(lr)
+        if decoder_ema:
+            ssl.update_teacher(list(shown.decoder.parameters()), list(tcae.decoder.parameters()), decoder_ema)
         progress.add(step_terms)
 
         done, stopping = step + 1, processes.stop_requested()
@@ -361,15 +523,16 @@ def main():
             processes.print(f"SIGTERM: saved {path} at step {done}; --resume=True goes on from there")
             return processes.close()
         if evaluating:
-            psnr = validate(tcae, val, bad_val_files, processes, picture)
+            psnr = validate(shown, val, bad_val_files, processes, picture)
             progress.write(val_psnr=psnr)
             progress.bar.write(f"step {done}: validation PSNR {psnr:.2f} dB") if processes.first else None
             progress.start_clock()
     progress.bar.close()
 
-    measure_latents(tcae, train, bad_files, processes)
+    if not init_from:  # else the latents are as they were
+        measure_latents(tcae, train, bad_files, processes)
     save(steps, finished=True)
-    psnr = validate(tcae, val, bad_val_files, processes, picture)
+    psnr = validate(shown, val, bad_val_files, processes, picture)
     baseline = ""
     if pca_baseline:
         values = latent_channels * (image_size // downsample) ** 2

@@ -1,6 +1,8 @@
 """For all tests: our modules first on the path, one thread, and a way to run the scripts as a user does."""
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -43,3 +45,25 @@ def run_script(*arguments, nproc=1, ok=True, **environment):
     """A script with its arguments, alone or under torchrun with `nproc` processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc > 1 else []
     return python(*launcher, *arguments, ok=ok, **environment)
+
+
+def fork_two(call, **constants):
+    """call(**constants) in two processes that begin as copies of this one: without torchrun, and without the seconds
+    that imports take."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def process(rank):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(port))
+        call(**constants)
+
+    context = multiprocessing.get_context("fork")
+    both = [context.Process(target=process, args=(rank,)) for rank in (0, 1)]
+    for each in both:
+        each.start()
+    for each in both:
+        each.join(100)
+        each.kill() if each.is_alive() else None
+    assert [each.exitcode for each in both] == [0, 0]

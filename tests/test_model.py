@@ -211,13 +211,18 @@ def test_head_on_masked_tokens_alone_equals_the_head_on_all():
     head, crops = IBOTHead(32, hidden=16, bottleneck=8, prototypes=11), torch.rand(3, 3, 32, 32)
     mask = torch.rand(3, 4, 4) < 0.4
     positions = mask.flatten().nonzero()[:, 0]
-    cls, patches = model.ssl_logits(encoder, head, crops, positions, mask)
+    cls, patches, raw = model.ssl_logits(encoder, [head], crops, positions, mask)
     all_cls, all_tokens = encoder(crops, mask)
     torch.testing.assert_close(cls, head(all_cls))
     torch.testing.assert_close(patches, head(all_tokens)[mask.flatten(1)])
-    cls, nothing = model.ssl_logits(encoder, head, crops)
-    torch.testing.assert_close(cls, head(encoder(crops)[0]))
-    assert nothing is None
+    assert torch.equal(raw, all_cls)
+    other = IBOTHead(32, hidden=16, bottleneck=8, prototypes=11)  # DINOv2's: one for [CLS], one for tokens
+    cls, patches, _ = model.ssl_logits(encoder, [head, other], crops, positions, mask)
+    torch.testing.assert_close(cls, head(all_cls))
+    torch.testing.assert_close(patches, other(all_tokens)[mask.flatten(1)])
+    cls, nothing, raw = model.ssl_logits(encoder, [head], crops)
+    torch.testing.assert_close(cls, head(raw))
+    assert nothing is None and torch.equal(raw, encoder(crops)[0])
 
 
 def test_head_gives_cosines():
@@ -234,13 +239,14 @@ def test_head_gives_cosines():
 def test_joint_forward_gives_each_view_its_own_pass():
     """One forward for one step: the tokenizer's reconstruction; global crops are masked, local ones not."""
     tcae, head = build(), IBOTHead(32, hidden=16, bottleneck=8, prototypes=11)
-    joint = model.JointTokenizer(tcae, head)
+    joint = model.JointTokenizer(tcae, torch.nn.ModuleList([head]))
     images, mask = torch.rand(2, 3, 32, 32), torch.rand(4, 3, 3) < 0.5
     views = {"global_crops": torch.rand(4, 3, 24, 24), "local_crops": torch.rand(6, 3, 16, 16), "mask": mask,
              "positions": mask.flatten().nonzero()[:, 0]}
-    reconstruction, (global_cls, patches, local_cls) = joint(images, views)
+    reconstruction, (global_cls, patches, local_cls, raw) = joint(images, views)
     torch.testing.assert_close(reconstruction, tcae(images))
     cls, tokens = tcae.encoder(views["global_crops"], mask)
+    torch.testing.assert_close(raw, cls)
     torch.testing.assert_close(global_cls, head(cls))
     torch.testing.assert_close(patches, head(tokens[mask.flatten(1)]))
     torch.testing.assert_close(local_cls, head(tcae.encoder(views["local_crops"])[0]))

@@ -275,6 +275,22 @@ def test_a_loss_that_is_not_finite_is_named(tmp_path, value):
     assert "l1" not in message
 
 
+def test_terms_that_come_and_go_are_averaged_over_the_steps_that_have_them(tmp_path):
+    """A discriminator that starts between two reports; one that breaks is named with its own step."""
+    progress = runtime.Progress(tmp_path, 0, 9, 8, alone())
+    for step in range(4):
+        later = {"adversarial": torch.tensor(step + 0.5)} if step > 1 else {}
+        progress.add({"l1": torch.tensor(float(step)), **later})
+    progress.report(lr=0.1)
+    progress.add({"l1": torch.tensor(1.0)})
+    progress.report(lr=0.1)
+    mixed, plain = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert (mixed["l1"], mixed["adversarial"], plain["l1"]) == (1.5, 3.0, 1.0) and "adversarial" not in plain
+    progress.add({"l1": torch.tensor(1.0)})
+    progress.add({"l1": torch.tensor(1.0), "adversarial": torch.tensor(math.nan)})
+    assert "step 7: adversarial is nan" in failure(progress.report, 0.1)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Published weights
 

@@ -1,5 +1,7 @@
-"""iBOT: the loss against a plain loop in float64, and the views against what the recipe says about them."""
+"""iBOT, DINO and DINOv2: the losses against plain loops in float64, and the views against what the recipe says."""
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,11 +12,6 @@ import torchvision.transforms.functional as torchvision
 from PIL import Image
 
 GLOBAL, LOCAL, K = 2, 3, 7  # views and prototypes of the tests of the loss
-
-
-def alone(tensor):
-    """The sum over all processes, where there is one."""
-    return tensor
 
 
 def reference_loss(student_cls, teacher_cls, student_patch, teacher_patch, mask, center_cls, center_patch,
@@ -106,7 +103,7 @@ def test_loss_without_any_masked_token():
     ours, _ = ibot(*as_arguments(case), teacher_temp=0.04)
     assert ours["mim"].item() == 0 and math.isfinite(ours["cls"].item())
     before = ibot.centers["patch"].clone()
-    ibot.update_centers(alone)
+    ibot.update_centers()
     assert torch.equal(ibot.centers["patch"], before), "no token, no news about their centre"
     assert not torch.equal(ibot.centers["cls"], case.center_cls.float())
 
@@ -119,7 +116,7 @@ def test_centers_follow_the_mean_of_all_micro_batches():
         student, teacher, weights = as_arguments(case)
         ibot(student, teacher, weights, 0.04)
         assert torch.equal(ibot.centers["cls"], cases[0].center_cls.float()), "the whole step sees the same centres"
-    ibot.update_centers(alone)
+    ibot.update_centers()
     all_cls = torch.cat([case.teacher_cls.flatten(0, 1) for case in cases])
     all_patches = torch.cat([case.teacher_patch[case.mask] for case in cases])
     expected = {"cls": 0.9 * cases[0].center_cls + 0.1 * all_cls.mean(0),
@@ -128,19 +125,20 @@ def test_centers_follow_the_mean_of_all_micro_batches():
         torch.testing.assert_close(ibot.centers[name].double(), expected[name], rtol=0, atol=1e-6)
     first = ibot.centers["cls"].clone()
     ibot(*as_arguments(cases[1]), 0.04)
-    ibot.update_centers(alone)  # the next step begins with empty sums
+    ibot.update_centers()  # the next step begins with empty sums
     second = 0.9 * first.double() + 0.1 * cases[1].teacher_cls.flatten(0, 1).mean(0)
     torch.testing.assert_close(ibot.centers["cls"].double(), second, rtol=0, atol=1e-6)
 
 
 def test_centers_are_summed_over_processes():
-    """What update_centers gives to its argument is a sum and a count, so that unequal processes average rightly."""
+    """What is summed over processes is a sum and a count, so that unequal ones average rightly."""
     case, other = make_case(images=2, seed=4), make_case(images=5, seed=5)
     ibot, elsewhere = loss_with_centers(case), loss_with_centers(other)
     ibot(*as_arguments(case), 0.04)
     elsewhere(*as_arguments(other), 0.04)
     sums = iter([elsewhere.batch_sums["cls"], elsewhere.batch_sums["patch"]])
-    ibot.update_centers(lambda total: total + next(sums))
+    ibot.sum_over_processes = lambda total: total + next(sums)
+    ibot.update_centers()
     mean = torch.cat([case.teacher_patch[case.mask], other.teacher_patch[other.mask]]).mean(0)
     torch.testing.assert_close(ibot.centers["patch"].double(), 0.9 * case.center_patch + 0.1 * mean, rtol=0, atol=1e-6)
 
@@ -173,6 +171,122 @@ def test_by_view_sorts_by_view_and_finds_the_masked_tokens():
     row_of_second_crop_of_third_image = 1 * images + 2
     assert views["positions"].tolist() == [1 * 4 + 2, 3 * 4 + 3, row_of_second_crop_of_third_image * 16]
     torch.testing.assert_close(views["weights"], torch.tensor([1 / 12, 1 / 12, 1 / 6]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# DINO and DINOv2
+
+
+def reference_sinkhorn(logits, temperature, iterations=3):
+    """DINOv2's, (N, K), as loops in float64: prototypes get N / K each, then every row sums to 1."""
+    q = [[math.exp(logit / temperature) for logit in row] for row in logits.double().tolist()]
+    rows, columns = len(q), len(q[0])
+    for _ in range(iterations):
+        sums = [sum(row[k] for row in q) for k in range(columns)]
+        q = [[value / sums[k] / columns for k, value in enumerate(row)] for row in q]
+        q = [[value / sum(row) for value in row] for row in q]
+    return torch.tensor(q, dtype=torch.float64)
+
+
+def cosines(*shape):
+    return torch.rand(*shape) * 2 - 1
+
+
+def in_two_processes(function, rows):
+    """function(its half of the rows, a sum over both) in two threads -> both results, one below the other."""
+    barrier, given = threading.Barrier(2, timeout=20), {}
+
+    def process(rank):
+        def total(tensor):
+            given[rank] = tensor
+            barrier.wait()
+            both = given[0] + given[1]
+            barrier.wait()
+            return both
+        return function(rows.split([3, len(rows) - 3])[rank], total)
+
+    with ThreadPoolExecutor(2) as pool:
+        return torch.cat(list(pool.map(process, (0, 1))))
+
+
+@pytest.mark.parametrize("temperature", [0.04, 0.07, 1.0])
+def test_sinkhorn_knopp_equals_the_loop(temperature):
+    """Three iterations, as in DINOv2, in one process and in two with unequal shares."""
+    logits = cosines(11, K)
+    expected = reference_sinkhorn(logits, temperature)
+    ours = ssl.sinkhorn_knopp(logits, temperature, lambda x: x)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-4, atol=1e-7)
+    split = in_two_processes(lambda rows, total: ssl.sinkhorn_knopp(rows, temperature, total), logits)
+    torch.testing.assert_close(split, ours)
+
+
+def test_sinkhorn_knopp_gives_every_prototype_as_much():
+    """Rows sum to 1 at once, columns to N / K in the end; nobody's tokens are nobody's."""
+    logits = cosines(30, K) + torch.linspace(0, -0.5, K)  # some prototypes are liked more
+    for iterations in 3, 200:
+        q = ssl.sinkhorn_knopp(logits.clamp(-1, 1), 0.07, lambda x: x, iterations)
+        torch.testing.assert_close(q.sum(1), torch.ones(30))
+    torch.testing.assert_close(q.sum(0), torch.full((K,), 30 / K), rtol=1e-3, atol=0)
+    assert ssl.sinkhorn_knopp(torch.zeros(0, K), 0.04, lambda x: x).shape == (0, K)
+    assert torch.isfinite(ssl.sinkhorn_knopp(torch.tensor([[1.0, -1.0], [1.0, -1.0]]), 0.01, lambda x: x)).all()
+
+
+def test_koleo_equals_the_loop():
+    """-mean log of the distance to the nearest other row of unit length, whatever the rows' lengths; its gradient is
+    that of finite differences, and finite even for twins and for a row that is alone."""
+    x = torch.randn(9, 4, dtype=torch.float64) * torch.linspace(0.1, 3, 9)[:, None]
+    unit = x / x.norm(dim=1, keepdim=True)
+    nearest = [min((unit[i] - unit[j]).norm().item() for j in range(9) if j != i) for i in range(9)]
+    assert ssl.koleo(x).item() == pytest.approx(-sum(map(math.log, nearest)) / 9, rel=1e-4)
+    for rows in x.float(), x[:1].float(), torch.ones(4, 3), torch.zeros(4, 3):
+        rows.requires_grad_()
+        value = ssl.koleo(rows)
+        value.backward()
+        assert torch.isfinite(value) and torch.isfinite(rows.grad).all()
+    start = x.float().requires_grad_()
+    for _ in range(100):  # it spreads the rows out
+        gradient, = torch.autograd.grad(ssl.koleo(start), start)
+        start = (start - 0.1 * gradient).detach().requires_grad_()
+    assert ssl.koleo(start) < ssl.koleo(x) - 0.1
+
+
+def test_dino_is_ibot_s_cls_term_alone():
+    """No token is hidden, so there is no other term; iBOT and DINOv2 have masks."""
+    crops = {method: ssl.MultiCrop(32, (0.25, 1.0), 16, (0.05, 0.25), 2, 4, masks=settings["masks"])
+             for method, settings in ssl.METHODS.items()}
+    hidden = {method: sum(crop(photo(), np.random.default_rng(seed))["mask"].sum() for seed in range(8))
+              for method, crop in crops.items()}
+    assert hidden["dino"] == 0 and hidden["ibot"] > 0 and hidden["dinov2"] > 0
+    case = make_case()
+    case.mask[:] = False
+    settings = ssl.METHODS["dino"]
+    dino = ssl.IBOTLoss(K, "cpu", sinkhorn=settings["sinkhorn"], koleo_weight=settings["koleo_weight"])
+    dino.centers = loss_with_centers(case).centers
+    terms, _ = dino(*as_arguments(case), teacher_temp=0.05)
+    cls, _ = reference_loss(**vars(case), teacher_temp=0.05)
+    assert sum(terms.values()).item() == pytest.approx(cls.item(), rel=1e-5)
+
+
+def test_dinov2_s_targets_come_from_sinkhorn_knopp_and_koleo_is_added():
+    """[CLS] of both crops together, masked tokens together, no centre; KoLeo per view, on the student's [CLS]."""
+    case, cls = make_case(), torch.randn(2 * 3, 5)
+    case.teacher_cls, case.teacher_patch = case.teacher_cls.float(), case.teacher_patch.float()
+    settings = ssl.METHODS["dinov2"]
+    dinov2 = ssl.IBOTLoss(K, "cpu", sinkhorn=settings["sinkhorn"], koleo_weight=settings["koleo_weight"])
+    dinov2.centers["cls"] += 100.0  # it must not matter
+    student, teacher, weights = as_arguments(case)
+    terms, entropies = dinov2((*student, cls), teacher, weights, teacher_temp=0.05)
+    targets = [reference_sinkhorn(x, 0.05) for x in teacher]
+    case.teacher_cls = targets[0].log().mul(0.05).unflatten(0, (2, 3))  # whose softmax they are
+    order = case.mask.flatten().nonzero()[:, 0]
+    case.teacher_patch = torch.zeros(2 * 3 * 9, K, dtype=torch.float64).index_put((order,), targets[1].log().mul(0.05))
+    case.teacher_patch = case.teacher_patch.view(2, 3, 9, K)
+    case.center_cls = case.center_patch = torch.zeros(K)
+    expected = reference_loss(**vars(case), teacher_temp=0.05)
+    assert terms["cls"].item() == pytest.approx(expected[0].item(), rel=1e-4)
+    assert terms["mim"].item() == pytest.approx(expected[1].item(), rel=1e-4)
+    assert terms["koleo"].item() == pytest.approx(0.1 * (ssl.koleo(cls[:3]) + ssl.koleo(cls[3:])).item(), rel=1e-5)
+    assert entropies["batch_entropy"] > 0.95 * math.log(K), "every prototype gets as much"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

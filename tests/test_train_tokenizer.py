@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import data
 import runtime
 import ssl
 import train_tokenizer
-from conftest import ROOT, clean_environment, run_script
+from conftest import ROOT, clean_environment, fork_two, run_script
 from model import TCAE, IBOTHead, JointTokenizer
 
 TINY = dict(data_dir="shapes", shapes_images=80, image_size=32, patch_size=4, downsample=8, latent_channels=6,
@@ -70,6 +71,23 @@ def tensors(state, prefix=""):
     return {name: tensor for key, value in items for name, tensor in tensors(value, f"{prefix}/{key}").items()}
 
 
+@contextmanager
+def stop_after(step):
+    """A run in this process gets SIGTERM at the end of this step."""
+    add = runtime.Progress.add
+
+    def add_and_stop(progress, terms):
+        add(progress, terms)
+        if progress.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    runtime.Progress.add = add_and_stop
+    try:
+        yield
+    finally:
+        runtime.Progress.add = add
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """The folder of a run of 20 steps that nothing interrupted; the prototypes are frozen for the first half."""
@@ -110,9 +128,9 @@ def test_the_teacher_follows_the_student(straight, tmp_path, here):
     prototypes are trained from the second epoch on, half of all steps."""
     here(shapes_images=8, learning_rate=0, min_learning_rate=0, out_dir=tmp_path)  # one step that changes nothing
     start, now = checkpoint(tmp_path), checkpoint(straight)
-    encoder, prototypes = "encoder.patch_embed.weight", "head.prototypes"
+    encoder, prototypes = "encoder.patch_embed.weight", "heads.0.prototypes"
     cases = [(start["tokenizer"][encoder], now["teacher"][encoder], now["tokenizer"][encoder]),
-             (start["head"]["prototypes"], now["teacher"][prototypes], now["head"]["prototypes"])]
+             (start["heads"]["0.prototypes"], now["teacher"][prototypes], now["heads"]["0.prototypes"])]
     for began, teacher, student in cases:
         way, all_the_way = (teacher - began).flatten(), (student - began).flatten()
         assert torch.cosine_similarity(way, all_the_way, dim=0) > 0.5
@@ -166,11 +184,30 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights(straight, 
     resumed = run_script("train_tokenizer.py", *arguments(**same, resume=True, save_every=3))
     assert f"at step {stopped}" in resumed.stdout
     ours, theirs = checkpoint(tmp_path), checkpoint(straight)
-    assert {"tokenizer", "head", "teacher", "centers", "optimizer"} <= ours.keys()
+    assert {"tokenizer", "heads", "teacher", "centers", "optimizer"} <= ours.keys()
     ours, theirs = tensors(ours), tensors(theirs)
     assert ours.keys() == theirs.keys() and len(ours) > 200
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     assert [line["step"] for line in log(tmp_path)[0]] == list(range(1, 21))
+
+
+@pytest.mark.parametrize("method, heads", [("dino", 1), ("dinov2", 2)])
+def test_other_methods_train_and_resume(method, heads, tmp_path, here):
+    """DINO has no mask token to train, DINOv2 a head of their own for patches, both with their teacher's."""
+    here(ssl_method=method, out_dir=tmp_path / "straight")
+    with stop_after(4):
+        here(ssl_method=method, out_dir=tmp_path / "stopped")
+    assert checkpoint(tmp_path / "stopped")["step"] == 4
+    here(ssl_method=method, out_dir=tmp_path / "stopped", resume=True)
+    state = checkpoint(tmp_path / "stopped")
+    ours, theirs = tensors(state), tensors(checkpoint(tmp_path / "straight"))
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    for part in state["heads"], {name.removeprefix("heads."): x for name, x in state["teacher"].items()}:
+        assert sum(name.endswith(".prototypes") for name in part) == heads
+    for line in log(tmp_path / "straight")[0]:
+        terms = line["cls"] + line["mim"] + line.get("koleo", 0)
+        assert line["loss"] == pytest.approx(0.1 * line["l1"] + terms, abs=1e-4)
 
 
 def test_a_finished_run_that_is_resumed_changes_nothing(straight, here):
@@ -205,7 +242,7 @@ def assert_the_same_run(one, other):
     gradients = [torch.cat([state["exp_avg"].flatten() for state in x["optimizer"]["state"].values()]) for x in (a, b)]
     assert gradients[0].norm() > 0.05
     assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
-    for part in "tokenizer", "head", "teacher":
+    for part in "tokenizer", "heads", "teacher":
         x, y = (torch.cat([tensor.flatten() for name, tensor in tensors(state[part]).items() if "latent" not in name])
                 for state in (a, b))
         assert (x - y).abs().mean() < 2e-7, part  # two updates move each weight by up to 2e-4
@@ -231,6 +268,19 @@ def test_accumulation_does_the_same(alone, two_steps, tmp_path, here):
     assert_the_same_run(alone, tmp_path)
 
 
+@pytest.mark.parametrize("method", ["dino", "dinov2"])
+def test_other_methods_in_two_processes(method, two_steps, tmp_path, here):
+    """DINO is the same run, and so are DINOv2's targets, which the processes find together; KoLeo is each one's own, so
+    that DINOv2's second step differs."""
+    here(**two_steps, ssl_method=method, out_dir=tmp_path / "one")
+    fork_two(here, **two_steps, ssl_method=method, out_dir=tmp_path / "two")
+    one, two = (log(tmp_path / name)[0] for name in ("one", "two"))
+    for a, b in list(zip(one, two, strict=True))[:2 if method == "dino" else 1]:
+        assert ("koleo" in a) == ("koleo" in b) == (method == "dinov2") and (a["mim"] == 0) == (method == "dino")
+        for name in ("l1", "cls", "mim", "teacher_entropy") + (("loss", "grad_norm") if method == "dino" else ()):
+            assert a[name] == pytest.approx(b[name], rel=1e-4, abs=2e-5), name
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # One step, looked at closely
 
@@ -243,16 +293,17 @@ def test_every_trained_parameter_gets_a_gradient_and_the_teacher_none(here):
         constants = runtime.configure(script, arguments(ssl_method=ssl_method))
         torch.manual_seed(0)
         tcae, with_ssl = TCAE.from_constants(constants), ssl_method == "ibot"
-        head = IBOTHead(32, 32, prototypes=64) if with_ssl else None
-        teacher = torch.nn.ModuleDict({"encoder": TCAE.from_constants(constants).encoder,
-                                       "head": IBOTHead(32, 32, prototypes=64)}).requires_grad_(False)
-        model, ibot = JointTokenizer(tcae, head), ssl.IBOTLoss(64, "cpu") if with_ssl else None
+        heads, others = (torch.nn.ModuleList([IBOTHead(32, 32, prototypes=64)]) for _ in range(2))
+        teacher = torch.nn.ModuleDict({"encoder": TCAE.from_constants(constants).encoder, "heads": others})
+        teacher.requires_grad_(False)
+        model = JointTokenizer(tcae, heads if with_ssl else None)
+        ibot = ssl.IBOTLoss(64, "cpu") if with_ssl else None
         views = train_tokenizer.StepViews(ssl.MultiCrop(32, (0.25, 1), 16, (0.05, 0.25), 2, 8) if with_ssl else None)
         process = runtime.Processes("cpu", "float32")
         loader = data.batches(data.Shapes("train", 8, 32), views, 8, 0, 1, 0, process)
         batch, _ = next(iter(loader))
         batch = {name: data.to_float(x, "cpu") if x.dtype == torch.uint8 else x for name, x in batch.items()}
-        loss, terms = train_tokenizer.losses(model, teacher, ibot, None, batch, 0.0, process)
+        loss, terms = train_tokenizer.losses(model, teacher, ibot, None, None, batch, 0.0, process)
         loss.backward()
         assert loss.item() == pytest.approx(terms["loss"].item())
         assert ("cls" in terms) == with_ssl
@@ -266,14 +317,15 @@ def test_every_trained_parameter_gets_a_gradient_and_the_teacher_none(here):
             other = {**batch, "global_crops": torch.where(hidden, -batch["global_crops"], batch["global_crops"])}
             with torch.no_grad():
                 assert torch.equal(model(batch["images"], batch)[1][1], model(batch["images"], other)[1][1])
-                changed = train_tokenizer.losses(model, teacher, ibot, None, other, 0.0, process)[1]
+                changed = train_tokenizer.losses(model, teacher, ibot, None, None, other, 0.0, process)[1]
             assert changed["mim"] != terms["mim"]
 
 
 def test_weight_decay_is_on_matrices_alone(here):
     """Biases, norms and the learned tokens keep their size; everything that is trained is in one group."""
     runtime.configure(vars(train_tokenizer), arguments(weight_decay=0.04))
-    model = JointTokenizer(TCAE.from_constants(vars(train_tokenizer)), IBOTHead(32, 32, prototypes=64))
+    model = JointTokenizer(TCAE.from_constants(vars(train_tokenizer)),
+                           torch.nn.ModuleList([IBOTHead(32, 32, prototypes=64)]))
     optimizer = train_tokenizer.build_optimizer(model, torch.device("cpu"))
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     for name, p in model.named_parameters():
@@ -302,7 +354,7 @@ def test_without_self_supervision_it_trains_on_a_folder_of_images(tmp_path, here
     assert "cls" not in steps[0] and "grad_norm" in steps[0] and len(steps) == 15
     assert all(line["loss"] == pytest.approx(0.1 * line["l1"], abs=1e-5) for line in steps)
     assert [line["step"] for line in validations] == [5, 10, 15]
-    assert "head" not in checkpoint(out_dir)
+    assert "heads" not in checkpoint(out_dir)
 
 
 def test_without_local_crops_it_trains(tmp_path, here):

@@ -1,0 +1,482 @@
+"""Decoder finetuning: the discriminator against timm, loops and plain autograd; the run, from a joint checkpoint,
+stopped, resumed, split, refused."""
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+
+import data
+import runtime
+import train_tokenizer
+from conftest import ROOT, fork_two
+from model import DINO, TCAE, BatchStatistics, Discriminator, DiscriminatorHead, augment_differentiably
+from test_train_dit import arguments, checkpoint, failure, log, run_here, tensors
+from test_train_tokenizer import TINY, stop_after
+
+FINETUNE = dict(ssl_method="none", lpips_weight=0, alpha=1.0, adversarial_weight=0.75, discriminator_start=1,
+                adversarial_start=2, discriminator_weights="random", discriminator_size="16/4/2",
+                discriminator_input=16, decoder_ema=0.8, epochs=3, batch_size=16, learning_rate=1e-3, warmup_epochs=0.2,
+                weight_decay=0, workers=0, device="cpu", dtype="float32", log_every=1, val_images=16)
+TERMS = {"discriminator", "discriminator_accuracy"}, {"adversarial", "adaptive_weight"}  # of the second, third phase
+
+
+@pytest.fixture(scope="module")
+def joint(tmp_path_factory):
+    """The checkpoint of a joint training, of five steps with iBOT on 80 images."""
+    out_dir = tmp_path_factory.mktemp("joint")
+    run_here(train_tokenizer, **{**TINY, "batch_size": 16, "out_dir": out_dir})
+    return out_dir / "checkpoint.pt"
+
+
+@pytest.fixture(scope="module")
+def straight(joint, tmp_path_factory):
+    """The folder of a finetuning that nothing interrupted: five steps in each of the three phases."""
+    out_dir = tmp_path_factory.mktemp("straight")
+    run_here(train_tokenizer, **FINETUNE, init_from=joint, out_dir=out_dir)
+    return out_dir
+
+
+@pytest.fixture
+def finetune(joint, tmp_path):
+    """finetune(**changes) runs train_tokenizer's main() in this process, into tmp_path/out."""
+    return lambda **changes: run_here(train_tokenizer, **{**FINETUNE, "init_from": joint, "out_dir": tmp_path / "out",
+                                                          **changes})
+
+
+@pytest.fixture
+def adversary():
+    """An Adversary with a tokenizer of which the decoder is trained, a batch of images, and random heads."""
+    before, handler = dict(vars(train_tokenizer)), signal.getsignal(signal.SIGTERM)
+    runtime.configure(vars(train_tokenizer), arguments(FINETUNE))
+    processes = runtime.Processes("cpu", "float32")
+    tcae = TCAE.from_constants({**TINY, "compression": "conv"}).requires_grad_(False)
+    torch.nn.init.normal_(tcae.decoder.head.weight, std=0.1)
+    tcae.decoder.requires_grad_(True)
+    adversary = train_tokenizer.Adversary(tcae.decoder.head.weight, processes)
+    adversary.tcae, adversary.images = tcae, torch.rand(8, 3, 32, 32) * 2 - 1
+    yield adversary
+    vars(train_tokenizer).update(before)
+    signal.signal(signal.SIGTERM, handler)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The discriminator
+
+
+def meta_s_checkpoint(width=384):
+    """Random tensors of the names and shapes of dino_deitsmall8_pretrain.pth."""
+    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 785, width), "patch_embed.proj.weight": (width, 3, 8, 8),
+              "patch_embed.proj.bias": (width,), "norm.weight": (width,), "norm.bias": (width,)}
+    for k in range(12):
+        for name, rows, columns in (("attn.qkv", 3, 1), ("attn.proj", 1, 1), ("mlp.fc1", 4, 1), ("mlp.fc2", 1, 4)):
+            shapes[f"blocks.{k}.{name}.weight"] = (rows * width, columns * width)
+            shapes[f"blocks.{k}.{name}.bias"] = (rows * width,)
+        for name in "norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias":
+            shapes[f"blocks.{k}.{name}"] = (width,)
+    generator = torch.Generator().manual_seed(0)
+    return {name: 0.05 * torch.randn(shape, generator=generator) + name.endswith(("norm1.weight", "norm2.weight"))
+            for name, shape in shapes.items()}
+
+
+def test_dino_s_checkpoint_of_meta_fits_and_gives_timm_s_maps():
+    """By name, nothing missing and nothing left over; the tokens after blocks 2, 5, 8, 11 are those of timm's DINO,
+    without [CLS], the last ones twice; the bias of the keys, which RAE sets to 0, does nothing."""
+    state, theirs = meta_s_checkpoint(), timm.create_model("vit_small_patch8_224.dino", pretrained=False).eval()
+    ours = DINO()
+    assert not any(p.requires_grad for p in ours.parameters())
+    for network in ours, theirs:
+        network.load_state_dict(state, strict=True)
+    images = torch.rand(1, 3, 224, 224)  # [0, 1]
+    mean, std = (torch.tensor(theirs.pretrained_cfg[name])[:, None, None] for name in ("mean", "std"))
+    with torch.no_grad():
+        maps = ours(2 * images - 1)
+        expected = theirs.get_intermediate_layers((images - mean) / std, n=[2, 5, 8, 11])
+    for got, want in zip(maps, [expected[-1], *expected], strict=True):
+        assert got.shape == (1, 384, 784)
+        torch.testing.assert_close(got.transpose(1, 2), want, rtol=0, atol=1e-4)
+    assert (expected[0] - expected[1]).abs().max() > 0.1
+
+
+def test_the_bias_of_dino_s_keys_does_nothing():
+    """RAE sets it to 0, we leave it: softmax does not see it."""
+    dino, images = DINO("32/4/2", input_size=32), torch.rand(2, 3, 32, 32)
+    for block in dino.blocks:
+        torch.nn.init.normal_(block.attn.qkv.bias)
+    before = dino(images)
+    for block in dino.blocks:
+        block.attn.qkv.bias[32:64] = 0
+    for a, b in zip(before, dino(images)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    dino.blocks[0].attn.qkv.bias[64:] = 0  # the values' bias does something
+    assert not torch.allclose(before[0], dino(images)[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("size", [16, 32, 40])
+def test_any_image_is_resized_to_what_dino_expects(size):
+    """By areas if it is larger, cubic if it is smaller; the gradient comes back to every pixel."""
+    dino, images = DINO("16/4/2", input_size=32), torch.rand(2, 3, size, size, requires_grad=True)
+    resized = F.interpolate(images, (32, 32), mode="area" if size > 32 else "bicubic") if size != 32 else images
+    maps = dino(images)
+    assert len(maps) == 5 and maps[0].shape == (2, 16, 16)
+    assert all(map(torch.equal, maps, dino(resized)))
+    maps[1].square().sum().backward()
+    assert (images.grad != 0).all()
+
+
+def test_batch_statistics_are_those_of_groups_of_eight():
+    """Per channel over eight images and their tokens, as a loop in float64; sixteen are twice eight, so that batch and
+    number of processes do not matter. A batch that is no multiple of eight is one group."""
+    norm, x = BatchStatistics(3), torch.randn(16, 3, 5) * torch.tensor([1.0, 5.0, 0.1])[:, None] + 2
+    torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
+    for part, groups in (x, 2), (x[:8], 1), (x[:6], 1):
+        expected = torch.empty_like(part, dtype=torch.float64)
+        for rows in np.split(np.arange(len(part)), groups):
+            for c in range(3):
+                values = part[rows, c].double()
+                scale, shift = norm.weight[c].item(), norm.bias[c].item()
+                expected[rows, c] = (values - values.mean()) / (values.var(correction=0) + 1e-5).sqrt() * scale + shift
+        torch.testing.assert_close(norm(part).double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(norm(x)[8:], norm(x[8:]))
+    assert norm(x.bfloat16()).dtype == torch.float32
+
+
+def test_a_head_is_what_it_should_be():
+    """Kernel 1, kernel 9 around a residual scaled by 1/√2, kernel 1 to a logit per token, tokens in a circle."""
+    head, x = DiscriminatorHead(6).eval(), torch.randn(8, 6, 12)
+
+    def block(x, conv, norm):
+        weight, half = conv.weight, conv.weight.shape[2] // 2
+        y = sum(torch.einsum("oi,bin->bon", weight[:, :, k], x.roll(half - k, 2)) for k in range(weight.shape[2]))
+        return F.leaky_relu(norm(y + conv.bias[:, None]), 0.2)
+
+    y = block(x, head.block1[0], head.block1[1])
+    y = (y + block(y, head.block9[0], head.block9[1])) / 2**0.5
+    expected = torch.einsum("i,bin->bn", head.out.weight[0, :, 0], y) + head.out.bias
+    torch.testing.assert_close(head(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_five_heads_keep_a_spectral_norm_of_one(dtype):
+    """Of every convolution, however large its weights are; logits are float32, five for each token."""
+    torch.manual_seed(0)
+    network = Discriminator(DINO("16/4/2", input_size=16))
+    with torch.no_grad():
+        for name, p in network.heads.named_parameters():
+            p *= 3 if "original" in name else 1
+    optimizer = torch.optim.AdamW(network.heads.parameters(), lr=1e-3)
+    for _ in range(20):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            logits = network(torch.rand(8, 3, 16, 16))
+        (-logits[:4].mean() + logits[4:].mean()).backward()
+        optimizer.step(), optimizer.zero_grad()
+    assert logits.shape == (8, 5 * 4) and logits.dtype == torch.float32 and len(network.heads) == 5
+    for head in network.eval().heads:
+        for conv in head.block1[0], head.block9[0], head.out:
+            largest = torch.linalg.matrix_norm(conv.weight.flatten(1).double(), 2).item()
+            assert largest == pytest.approx(1, abs=0.05)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The augmentation
+
+
+def test_augmentation_equals_the_loop():
+    """Brightness, then saturation, then contrast, then a shift of up to an eighth, beyond the border grey."""
+    images = torch.rand(4, 3, 16, 24) * 2 - 1
+    torch.manual_seed(3)
+    ours = augment_differentiably(images)
+    torch.manual_seed(3)
+    brightness, saturation, contrast = torch.rand(3, 4).tolist()
+    down, right = (((torch.rand(2, 4) * 2 - 1) / 8)).tolist()
+    for b in range(4):
+        x = images[b].double() + brightness[b] - 0.5
+        grey = x.mean(0)
+        x = grey + (x - grey) * 2 * saturation[b]
+        x = x.mean() + (x - x.mean()) * (contrast[b] + 0.5)
+        shift = round(down[b] * 16), round(right[b] * 24)
+        expected = torch.zeros_like(x)
+        for i in range(16):
+            for j in range(24):
+                if 0 <= i - shift[0] < 16 and 0 <= j - shift[1] < 24:
+                    expected[:, i, j] = x[:, i - shift[0], j - shift[1]]
+        torch.testing.assert_close(ours[b].double(), expected, rtol=0, atol=1e-5)
+
+
+def test_augmentation_is_unbiased_and_shifts_by_an_eighth_at_most():
+    """Of a flat colour the mean stays, away from the borders; a row or column of the border is grey for a shift."""
+    colour = torch.tensor([0.6, -0.5, 0.1])[:, None, None]
+    images = colour.expand(4000, 3, 16, 16)
+    augmented = augment_differentiably(images)
+    inner = augmented[:, :, 2:-2, 2:-2]
+    assert (inner.mean((0, 2, 3)) - colour.flatten()).abs().max() < 0.03
+    assert inner.ne(0).any(1).all(), "a shift by more than an eighth"
+    border = augmented.eq(0).all(1)  # (B, 16, 16)
+    for edge in border[:, 0], border[:, -1], border[:, :, 0], border[:, :, -1]:
+        assert 0.2 < edge.all(-1).float().mean() < 0.5
+    assert 0.05 < border[:, :2].all((1, 2)).float().mean() < 0.25
+
+
+def test_the_gradient_goes_through_the_augmentation():
+    """It is linear in each image for given random numbers: the gradient is that of finite differences."""
+    images = torch.rand(2, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+
+    def augmented(x):
+        torch.manual_seed(0)
+        return augment_differentiably(x)
+
+    assert torch.autograd.gradcheck(augmented, images)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One step, looked at closely
+
+
+def plainly(adversary, rec_scale=1.0):
+    """The decoder's loss as VQGAN's code has it -> (reconstruction's) rec, adversarial loss, adaptive weight."""
+    torch.manual_seed(1)
+    reconstruction = adversary.tcae(adversary.images)
+    rec = rec_scale * F.l1_loss(reconstruction, adversary.images)
+    pairs = torch.stack([adversary.images, reconstruction], dim=1)  # real and generated in turn
+    adversarial = -adversary.network.eval()(augment_differentiably(pairs.flatten(0, 1)))[1::2].mean()
+    of_rec, of_adversarial = (torch.autograd.grad(loss, adversary.last_layer, retain_graph=True)[0]
+                              for loss in (rec, adversarial))
+    return rec, adversarial, (of_rec.norm() / (of_adversarial.norm() + 1e-6)).clamp(max=1e4)
+
+
+def ours(adversary, rec_scale=1.0):
+    torch.manual_seed(1)
+    reconstruction = adversary.tcae(adversary.images)
+    rec = rec_scale * F.l1_loss(reconstruction, adversary.images)
+    return adversary.decoder_loss(rec, adversary.images, reconstruction)
+
+
+@pytest.mark.parametrize("rec_scale", [1.0, 1000.0])
+def test_the_decoder_s_loss_is_the_plain_one(adversary, rec_scale):
+    """L_rec + λ_q w L_adv: its value, w, and the gradient of every weight of the decoder. It reaches nothing else: not
+    the encoder, nor the bottleneck, nor DINO, nor the discriminator's heads."""
+    loss, terms = ours(adversary, rec_scale)
+    loss.backward()
+    for module in adversary.tcae.encoder, adversary.tcae.bottleneck, adversary.network:
+        assert all(p.grad is None for p in module.parameters())
+    rec, adversarial, weight = plainly(adversary, rec_scale)
+    plain = rec + 0.75 * weight * adversarial
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-4)
+    assert terms["adversarial"].item() == pytest.approx(adversarial.item(), rel=1e-4)
+    assert terms["adaptive_weight"].item() == pytest.approx(weight.item(), rel=1e-3)
+    parameters = list(adversary.tcae.decoder.parameters())
+    for p, expected in zip(parameters, torch.autograd.grad(plain, parameters, retain_graph=True)):
+        torch.testing.assert_close(p.grad, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item() + 1e-7)
+    alone = torch.autograd.grad(rec, adversary.last_layer)[0]
+    assert (adversary.last_layer.grad - alone).norm() == pytest.approx(0.75 * alone.norm().item(), rel=1e-3)
+
+
+def test_the_adaptive_weight_has_a_limit(adversary):
+    """Where the discriminator says nothing, its weight would have none."""
+    for head in adversary.network.heads:
+        torch.nn.init.constant_(head.out.parametrizations.weight.original, 1.0)
+        for norm in head.block1[1], head.block9[1]:
+            torch.nn.init.constant_(norm.weight, 1e-9)
+    loss, terms = ours(adversary, 1000.0)
+    assert terms["adaptive_weight"].item() == 1e4 and torch.isfinite(loss)
+
+
+def test_the_discriminator_learns_and_nothing_else_does(adversary):
+    """Hinge loss on what is real and on the generated images as 8 bits; the decoder gets no gradient from it, DINO
+    neither; every parameter of the heads does. With some steps it tells one from the other."""
+    reconstruction = adversary.tcae(adversary.images)
+    assert adversary(torch.ones(()), adversary.images, reconstruction, epoch=0.9) == (torch.ones(()), {})
+    assert all(p.grad is None for p in adversary.network.parameters())
+    seen, said = [], []
+    adversary.network.dino.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    adversary.network.register_forward_hook(lambda *call: said.append(call[2].detach()))
+    train_tokenizer.discriminator_augment = False
+    rec, terms = adversary(torch.ones(()), adversary.images, reconstruction, epoch=1.0)
+    assert rec == 1 and terms.keys() == TERMS[0]
+    assert not adversary.last_layer.grad and all(p.grad is None for p in adversary.network.dino.parameters())
+    assert all(p.grad is not None for p in adversary.network.heads.parameters())
+
+    fake = data.to_float(data.to_uint8(reconstruction.detach()), "cpu")
+    def belongs(image, to):
+        return any(torch.equal(image, other) for other in to)
+    real = torch.tensor([belongs(image, adversary.images) for image in seen[0]])
+    assert len(real) == 16 and real.sum() == 8 and all(belongs(image, fake) for image in seen[0][~real])
+    logits = said[0].double()
+    hinge = ((1 - logits[real]).clamp(min=0).mean() + (1 + logits[~real]).clamp(min=0).mean()) / 2
+    accuracy = ((logits[real] > 0).double().mean() + (logits[~real] < 0).double().mean()) / 2
+    assert terms["discriminator"].item() == pytest.approx(hinge.item(), rel=1e-5)
+    assert terms["discriminator_accuracy"].item() == pytest.approx(accuracy.item(), abs=1e-6)
+    for _ in range(40):
+        adversary.step(3e-3)
+        terms = adversary.learn(adversary.images, reconstruction)
+    assert terms["discriminator"] < 0.5 * hinge and terms["discriminator_accuracy"] > 0.9
+    _, terms = adversary.decoder_loss(reconstruction.sum(), adversary.images, reconstruction)
+    assert terms["adversarial"] > 0.5, "what it has learned about generated images is what the decoder is told"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+def test_a_finetuning_changes_the_decoder_alone(joint, straight):
+    """Sizes and data come from the joint checkpoint, whose encoder, bottleneck and latent statistics stay bit for bit;
+    the result is a finished tokenizer with the same latents. The discriminator's terms come with their phases."""
+    before, after = runtime.load_checkpoint(joint, "init_from"), runtime.load_checkpoint(
+        straight / "checkpoint.pt", "tokenizer", kind="tokenizer")
+    for name in train_tokenizer.TAKEN_OVER + ("data_dir",):
+        assert after["constants"][name] == before["constants"][name] == TINY[name] if name in TINY else "conv", name
+    same = {name for name in before["tokenizer"] if torch.equal(before["tokenizer"][name], after["tokenizer"][name])}
+    assert same == {name for name in before["tokenizer"] if not name.startswith("decoder.")}
+    assert runtime.latents_of(before) == runtime.latents_of(after)
+    assert TCAE.from_checkpoint(after).decode(torch.zeros(1, 6, 4, 4)).shape == (1, 3, 32, 32)
+    steps = [line for line in log(straight) if "loss" in line]
+    assert len(steps) == 15 and log(straight)[-1]["val_psnr"] > 5
+    for k, line in enumerate(steps):
+        assert (TERMS[0] <= line.keys()) == (k >= 5) and (TERMS[1] <= line.keys()) == (k >= 10)
+        adversarial = 0.75 * line["adaptive_weight"] * line["adversarial"] if k >= 10 else 0
+        assert line["loss"] == pytest.approx(line["l1"] + adversarial, rel=1e-4, abs=1e-5)
+    heads = after["adversary"]["optimizer"]["state"]
+    assert {int(state["step"]) for state in heads.values()} == {10}, "the discriminator learns from its start on"
+
+
+def test_what_is_kept_is_the_running_average_of_the_decoder(joint, finetune, monkeypatch):
+    """From the joint decoder on, by hand; the last weights are kept beside it. Without average both are the same, and
+    the latents' statistics are the joint ones, from however many images they would be measured now."""
+    saves = []
+    monkeypatch.setattr(runtime, "save_checkpoint", lambda _, state: saves.append(
+        {part: {name: x.clone() for name, x in state[part].items()} for part in ("tokenizer", "decoder")}))
+    finetune(epochs=1, adversarial_weight=0, save_every=1)
+    began = runtime.load_checkpoint(joint, "init_from")["tokenizer"]
+    average = {name.removeprefix("decoder."): x.clone() for name, x in began.items() if name.startswith("decoder.")}
+    assert len(saves) == 6  # five steps, and the end
+    for state in saves[:5]:
+        for name in average:
+            average[name] = 0.8 * average[name] + 0.2 * state["decoder"][name]
+            torch.testing.assert_close(state["tokenizer"][f"decoder.{name}"], average[name], rtol=0, atol=1e-6)
+    assert not torch.equal(saves[-1]["tokenizer"]["decoder.head.weight"], saves[-1]["decoder"]["head.weight"])
+    finetune(epochs=1, adversarial_weight=0, decoder_ema=0, stats_images=8)
+    assert all(torch.equal(saves[-1]["tokenizer"][name], began[name]) for name in ("latent_mean", "latent_std"))
+    assert all(torch.equal(saves[-1]["tokenizer"][f"decoder.{name}"], x) for name, x in saves[-1]["decoder"].items())
+
+
+@pytest.mark.parametrize("stop", [3, 8, 12])
+def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights(straight, joint, finetune, tmp_path, stop):
+    """In each phase, bit for bit: decoder, average, discriminator with its spectral norms, both optimizers."""
+    moved = tmp_path / "joint.pt"
+    moved.write_bytes(joint.read_bytes())
+    with stop_after(stop):
+        finetune(init_from=moved)
+    state = checkpoint(tmp_path / "out")
+    assert (state["step"], state["finished"]) == (stop, False)
+    moved.unlink()  # all that the rest takes is in its own checkpoint
+    finetune(init_from=moved, resume=True)
+    ours, theirs = checkpoint(tmp_path / "out"), checkpoint(straight)
+    assert {"tokenizer", "decoder", "optimizer", "adversary"} <= ours.keys() and ours["finished"]
+    ours, theirs = tensors(ours), tensors(theirs)
+    assert ours.keys() == theirs.keys() and any("_u" in name for name in ours)
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_two_processes_do_the_same(joint, finetune, tmp_path):
+    """With eight images each, and without the augmentation, for which each process has its own random numbers: the
+    same terms, adaptive weight, decoder and heads."""
+    same = dict(FINETUNE, init_from=joint, epochs=1, discriminator_start=0.2, adversarial_start=0.5, learning_rate=1e-4,
+                discriminator_augment=False)
+    finetune(**same)
+    two = tmp_path / "two"
+    fork_two(finetune, **{**same, "out_dir": two})
+    for a, b in zip(log(tmp_path / "out"), log(two), strict=True):
+        assert a.keys() == b.keys() and (a["step"] < 4 or "val_psnr" in a or TERMS[1] <= a.keys())
+        for name in (a.keys() & {"loss", "l1", "grad_norm", "val_psnr", *TERMS[0], *TERMS[1]}):
+            assert a[name] == pytest.approx(b[name], rel=2e-3, abs=2e-3), (a["step"], name)
+    a, b = checkpoint(tmp_path / "out"), checkpoint(two)
+    for one, other in (a["decoder"], b["decoder"]), (a["adversary"]["heads"], b["adversary"]["heads"]):
+        x, y = (torch.cat([tensor.flatten() for tensor in state.values()]) for state in (one, other))
+        assert (x - y).abs().mean() < 1e-6
+
+
+def test_micro_batches_train_both(finetune, tmp_path):
+    """Two of eight images each: nearly the same first steps of the discriminator and of the decoder against it, as far
+    as the spectral norm's iteration, which goes on with every micro-batch, and a weight for each of them allow."""
+    same = dict(epochs=1, discriminator_start=0, adversarial_start=0, learning_rate=1e-4, discriminator_augment=False)
+    finetune(**same)
+    finetune(**same, accumulate=2, out_dir=tmp_path / "parts")
+    whole, parts = (log(tmp_path / name)[0] for name in ("out", "parts"))
+    assert whole.keys() == parts.keys() > TERMS[0] | TERMS[1]
+    assert parts["l1"] == pytest.approx(whole["l1"], rel=1e-5)
+    for name in "discriminator", "adaptive_weight":
+        assert parts[name] == pytest.approx(whole[name], rel=0.2), name
+
+
+@pytest.mark.parametrize("config, processes", [("finetune_decoder", 8), ("shapes_finetune", 1), ("shapes_finetune", 2)])
+def test_the_configs_fit(config, processes, monkeypatch):
+    """No constant is refused; the paper's are those of Table 7, right, where its epochs 6 and 8 are the defaults."""
+    script = vars(train_tokenizer)
+    for name, value in list(script.items()):
+        monkeypatch.setitem(script, name, value)
+    runtime.configure(script, [str(ROOT / "config" / f"{config}.py"), "--init_from=x"])
+    train_tokenizer.check_constants(SimpleNamespace(count=processes))
+    if config == "finetune_decoder":
+        table = dict(epochs=16, batch_size=256, betas=(0.9, 0.95), weight_decay=0, learning_rate=2e-4,
+                     min_learning_rate=2e-5, warmup_epochs=1, lpips_weight=1, adversarial_weight=0.75, alpha=1,
+                     discriminator_start=6, adversarial_start=8, decoder_ema=0.9978, discriminator_augment=True)
+        assert {name: script[name] for name in table} == table
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Refused
+
+
+def test_dino_s_weights_that_can_not_be_had_end_the_run_before_its_first_step(finetune, tmp_path, monkeypatch):
+    """Which file, from where, to which path, and which constant does without it; also where the file is another one."""
+    def offline(*_, **__):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    real = dict(discriminator_weights="dino", discriminator_size="S", discriminator_input=224)
+    message = failure(finetune, **real)
+    path = tmp_path / "hub" / "checkpoints" / "dino_deitsmall8_pretrain.pth"
+    url = "https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth"
+    for word in url, str(path), "adversarial_weight=0", "discriminator_weights=random":
+        assert word in message
+    for other in {"weight": torch.zeros(3)}, None:
+        torch.save(other, path) if other else path.write_bytes(b"<html>")
+        message = failure(finetune, **real)
+        assert str(path) in message and "discriminator_weights" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(init_from=""), ["adversarial_weight=0.75", "init_from"]),
+    (dict(init_from="", adversarial_weight=0), ["decoder_ema=0.8", "init_from"]),
+    (dict(ssl_method="ibot"), ["ssl_method=none", "init_from"]),
+    (dict(discriminator_weights="dino"), ["discriminator_size='16/4/2'", "discriminator_input=16", "S", "224"]),
+    (dict(discriminator_weights="imagenet"), ["discriminator_weights='imagenet'", "dino", "random"]),
+    (dict(discriminator_start=2.5), ["discriminator_start=2.5", "adversarial_start=2"]),
+    (dict(adversarial_start=3), ["adversarial_start=3", "epochs=3"]),
+    (dict(discriminator_size="16/3/2"), ["discriminator_size='16/3/2'", "4"]),
+    (dict(discriminator_size="16/4"), ["discriminator_size='16/4'"]),
+    (dict(discriminator_input=20), ["discriminator_input=20", "8"]),
+    (dict(discriminator_input=8), ["discriminator_input=8", "16"]),
+    (dict(batch_size=12), ["batch_size=12", "8"]), (dict(accumulate=4), ["batch_size=16", "32"]),
+    (dict(decoder_ema=1), ["decoder_ema=1"]),
+    (dict(init_from="/nonexistent.pt"), ["init_from=/nonexistent.pt"]),
+])
+def test_a_wrong_constant_is_one_line_that_names_it(finetune, tmp_path, changes, words):
+    """And says what it may be; nothing is written."""
+    message = failure(finetune, **dict(data_dir="shapes") if changes.get("init_from") == "" else {}, **changes)
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("change, words", [(dict(finished=False), "not ended"), (dict(kind="dit"), "something else")])
+def test_a_checkpoint_that_is_no_finished_tokenizer_is_refused(joint, finetune, tmp_path, change, words):
+    """Its latents have no statistics yet, or it has none."""
+    path = tmp_path / "other.pt"
+    torch.save({**runtime.load_checkpoint(joint, "init_from"), **change}, path)
+    message = failure(finetune, init_from=path)
+    assert f"init_from={path}" in message and words in message and not (tmp_path / "out").exists()
