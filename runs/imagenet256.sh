@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# The paper's system-level run on 8 GPUs, from a bare folder of ImageNet to gFID: DATA=imagenet runs/imagenet256.sh
+cd "$(dirname "$0")/.."
+runs/setup.sh
+exec runs/table4.sh
