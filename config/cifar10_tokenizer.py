@@ -1,6 +1,6 @@
 """The tokenizer on CIFAR-10 (JPEG or PNG files in train/CLASS/ and test/CLASS/): give it --data_dir=FOLDER.
 
-32 px images, latents 4 × 4 × 8: 24-fold compression, the paper's ratio. The README says what shorter runs of it reached."""
+32 px images, latents 4 × 4 × 8: 24-fold compression, the paper's ratio. The README says what it reached."""
 out_dir = "out/cifar10_tokenizer"
 image_size = 32
 workers = 2
@@ -15,10 +15,10 @@ lpips_weight = 0.0  # VGG's features mean little at 32 px
 prototypes = 1024
 head_hidden = 512
 global_crop_size = 24
-global_crop_scale = (0.4, 1.0)
-local_crops = 2
+global_crop_scale = (0.3, 1.0)
+local_crops = 4
 local_crop_size = 16
-local_crop_scale = (0.2, 0.5)
+local_crop_scale = (0.1, 0.4)
 teacher_temp = (0.02, 0.03)  # small images, short training: at 0.04 the teacher's output becomes uniform
 teacher_momentum = 0.99  # fewer steps than ImageNet's 125,000
 epochs = 10
@@ -29,6 +29,6 @@ freeze_prototypes_epochs = 0.2
 log_every = 50
 save_every = 500
 eval_every = 500
-val_images = 2000
+val_images = 0
 stats_images = 10000
 pca_baseline = True
