@@ -380,6 +380,13 @@ def frechet_distance(first, second):
     return max(((mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * cross).item(), 0.0)
 
 
+def distance_between(first, second, processes):
+    """Fréchet distance of two FeatureSums, of which each process holds a part."""
+    first.reduce(processes)
+    second.reduce(processes)
+    return frechet_distance(first.mean_and_cov(), second.mean_and_cov())
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Linear probes (Table 1)
 
@@ -550,11 +557,7 @@ def evaluate_tokenizer(processes):
         of_train.add(*encode(pixels), indices)
 
     count, means = pairs.means(processes)
-    rfid = None
-    if network:
-        originals.reduce(processes)
-        reconstructions.reduce(processes)
-        rfid = frechet_distance(originals.mean_and_cov(), reconstructions.mean_and_cov())
+    rfid = distance_between(originals, reconstructions, processes) if network else None
     about = (f"{tokenizer}: reconstructions of {count} images of {where}, {size} px; probes fitted on "
              f"{of_train.count(processes)} training images")
     return about, {by_whom("rFID"): rfid, **means, **probe_both(of_train, of_val, processes)}
@@ -612,11 +615,7 @@ def evaluate_pairs(processes):
                 firsts.add(a, indices)
                 seconds.add(b, indices)
     count, means = pairs.means(processes)
-    rfid = None
-    if network:
-        firsts.reduce(processes)
-        seconds.reduce(processes)
-        rfid = frechet_distance(firsts.mean_and_cov(), seconds.mean_and_cov())
+    rfid = distance_between(firsts, seconds, processes) if network else None
     return f"{samples} as reconstructions of {reference}: {count} pairs, {size} px", {by_whom("rFID"): rfid, **means}
 
 

@@ -235,6 +235,8 @@ def test_time_is_shifted_by_the_latent_s_size():
     half = shift_time(torch.tensor(0.5), SHAPE).item()  # s = √2 in the paper's case
     assert half == pytest.approx(math.sqrt(2) / 2 / (1 + (math.sqrt(2) - 1) / 2)) and half > 0.58
     torch.testing.assert_close(shift_time(t, (64, 8, 8)), t)
+    torch.testing.assert_close(shift_time(t, (8, 4, 4), shift_base=128), t)
+    torch.testing.assert_close(shift_time(t, SHAPE, shift_base=1024), shift_time(t, (4 * SHAPE[0], *SHAPE[1:])))
 
 
 def test_the_loss_is_the_mean_square_of_velocity_minus_noise_minus_data():

@@ -777,3 +777,21 @@ def test_checkpoints_of_something_else_are_refused(base, train, draw, tmp_path):
     other = changed_tokenizer(base, tmp_path / "other.pt", "bottleneck.mlp.fc2.weight")
     message = failure(draw, tokenizer=other)
     assert f"tokenizer={other}" in message and str(generator) in message
+
+
+def test_the_base_of_the_time_shift_is_the_same_in_training_and_sampling(train, draw, tmp_path, monkeypatch):
+    """Given once, to train_dit.py; sample.py reads it in the checkpoint, and the training's own pictures use it."""
+    bases = []
+    monkeypatch.setattr(train_dit, "shift_time", lambda t, shape, base: bases.append(base) or t)
+    flow = sample.sample_flow
+
+    def recorded(velocity, noise, steps, method="euler", shift_base=4096):
+        bases.append(shift_base)
+        return flow(velocity, noise, steps, method, shift_base)
+
+    monkeypatch.setattr(train_dit, "sample_flow", recorded)
+    monkeypatch.setattr(sample, "sample_flow", recorded)
+    train(shift_base=77)
+    in_training = len(bases)
+    draw(checkpoint=tmp_path / "checkpoint.pt", num_samples=3)
+    assert in_training > 1 and len(bases) > in_training and set(bases) == {77}
