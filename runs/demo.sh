@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All stages on the built-in shapes, from a bare checkout: a quarter of an hour on two CPU cores, no download but the
+# All stages on the built-in shapes, from a bare checkout: ten minutes on two CPU cores, no download but the
 # packages. Called again, it goes on where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
