@@ -77,7 +77,9 @@ def main():
     check(table in known, f"table={table!r}: it is one of {', '.join(known)}")
     for name in [name for name in TABLES if name.split(",")[0] == table]:
         columns, rows = TABLES[name]
-        print(f"\nTable {name}: measured (the paper's)\n\n| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
+        foreign = any("FD (" in path.read_text() for path in Path(out).glob("*/*.json"))
+        note = "; FID and IS are those of another network than Inception" if foreign else ""
+        print(f"\nTable {name}: measured (the paper's){note}\n\n| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
         for row, paper in rows.items():
             measured = results(row)
             print(f"| {row} | {' | '.join(cell(measured.get(c), p) for c, p in zip(columns, paper))} |")
