@@ -484,7 +484,7 @@ def probe_both(train, val, processes):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The two evaluations
+# The three evaluations
 
 
 def cropped(source, name, size, processes, images=0, title="", keep_empty=False):
@@ -604,7 +604,7 @@ def evaluate_pairs(processes):
     network, perceptual = open_networks(processes, size)
     pairs = PairSums(perceptual, on)
     if network:
-        firsts, seconds = (FeatureSums(network, len(images), on) for _ in range(2))
+        reconstructions, originals = (FeatureSums(network, len(images), on) for _ in range(2))
     for (a, of_a), (b, of_b) in zip(cropped(images, "samples", size, processes, title="pairs", keep_empty=True),
                                     cropped(other, "reference", size, processes, keep_empty=True), strict=True):
         in_a, in_b = torch.isin(of_a, of_b), torch.isin(of_b, of_a)  # both of a pair could be decoded
@@ -612,10 +612,10 @@ def evaluate_pairs(processes):
             a, b, indices = a[in_a], b[in_b], of_a[in_a]
             pairs.add(b, a)
             if network:
-                firsts.add(a, indices)
-                seconds.add(b, indices)
+                reconstructions.add(a, indices)
+                originals.add(b, indices)
     count, means = pairs.means(processes)
-    rfid = distance_between(firsts, seconds, processes) if network else None
+    rfid = distance_between(originals, reconstructions, processes) if network else None
     return f"{samples} as reconstructions of {reference}: {count} pairs, {size} px", {by_whom("rFID"): rfid, **means}
 
 

@@ -183,6 +183,13 @@ class Processes:
         """A context in which matrix products run in `dtype`."""
         return self.torch.autocast(self.device.type, self.dtype, enabled=self.dtype != self.torch.float32)
 
+    def distribute(self, model):
+        """The model, wrapped so that its gradients are the mean over all processes."""
+        if self.count == 1:
+            return model
+        return self.torch.nn.parallel.DistributedDataParallel(
+            model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+
     def sum(self, tensor):
         """The sum of `tensor` over all processes, in place."""
         if self.count > 1:

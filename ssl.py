@@ -217,7 +217,7 @@ class IBOTLoss:
         teacher: logits ([CLS] of global crops (2 B, K), the same masked tokens (P, K)); weights (P,) from by_view.
         """
         teacher_cls, teacher_patches = (logits.float() for logits in teacher)
-        for name, logits in ("cls", teacher_cls), ("patch", teacher_patches):
+        for name, logits in () if self.sinkhorn else (("cls", teacher_cls), ("patch", teacher_patches)):
             total = torch.cat([logits.sum(0), logits.new_full((1,), len(logits))])  # (K + 1,), the last is the count
             self.batch_sums[name] = self.batch_sums.get(name, 0) + total
 

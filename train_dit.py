@@ -12,7 +12,6 @@ import os
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
@@ -287,8 +286,7 @@ def main():
             if isinstance(module, DiTBlock):
                 module.compile(dynamic=False)
     trained, averaged = list(model.parameters()), list(ema.parameters())
-    wrapped = model if processes.count == 1 else \
-        DistributedDataParallel(model, device_ids=[on.index] if on.type == "cuda" else None)
+    wrapped = processes.distribute(model)
 
     loader = iter(data.batches(source, Example(shape, classes, label_dropout), batch_size, start, steps, seed,
                                processes, accumulate, workers))

@@ -16,7 +16,6 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
@@ -204,7 +203,7 @@ class Adversary:
         self.last_layer, self.processes = last_layer, processes
         self.optimizer = torch.optim.AdamW(self.network.heads.parameters(), lr=learning_rate, betas=betas,
                                            weight_decay=weight_decay)
-        self.trained = distribute(self.network, processes)
+        self.trained = processes.distribute(self.network)
 
     def state_dict(self):
         return {"heads": self.network.heads.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -265,13 +264,6 @@ class Adversary:
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
-
-
-def distribute(model, processes):
-    """The model, wrapped for several processes."""
-    on = processes.device
-    return model if processes.count == 1 else \
-        DistributedDataParallel(model, device_ids=[on.index] if on.type == "cuda" else None)
 
 
 def losses(model, teacher, ibot, perceptual, adversary, views, share_done, processes):
@@ -465,7 +457,7 @@ def main():
                     module.compile(dynamic=False)
     student = [*tcae.encoder.parameters(), *heads.parameters()] if ibot else []
     teachers = [*teacher["encoder"].parameters(), *teacher["heads"].parameters()] if ibot else []
-    model = distribute(model, processes)
+    model = processes.distribute(model)
 
     os.makedirs(out_dir, exist_ok=True)
     picture = os.path.join(out_dir, "reconstructions.png")

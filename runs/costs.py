@@ -26,7 +26,7 @@ peak = 989.0  # TFLOP/s of bfloat16 products, one H100
 utilisation = 0.4  # share of the peak that a run reaches
 
 ROWS = [  # name, constants of train_tokenizer.py that differ from the defaults
-    ("p = 64", dict(patch_size=64, stc_depth=0)),
+    ("p = 64", dict(patch_size=64, stc_depth=0, global_crop_size=256, local_crop_size=128)),
     ("p = 32", dict(patch_size=32, stc_depth=0)),
     ("p = 16 (M = 0)", dict(patch_size=16, stc_depth=0)),
     ("p = 8, no STC (M = 12)", dict(stc_depth=0)),
@@ -52,17 +52,15 @@ def count(function):
 
 def tokenizer_row(changes):
     """-> parameters of encoder and decoder; operations for one image: encode, decode, attention, a joint step."""
-    constants = {name: getattr(stage1, name) for name in ("image_size", "patch_size", "downsample", "latent_channels",
-                                                         "encoder", "decoder", "stc_depth", "compression")}
-    tcae = TCAE.from_constants({**constants, **changes})
+    constants = {**vars(stage1), **changes}
+    tcae = TCAE.from_constants(constants)
     image = torch.zeros(1, 3, 256, 256)
     z = tcae.encode(image)
     (encode, attention_1), (decode, attention_2) = count(lambda: tcae.encode(image)), count(lambda: tcae.decode(z))
-    unit = tcae.encoder.output_patch
-    sizes = [max(unit, size // unit * unit) for size in (stage1.global_crop_size, stage1.local_crop_size)]
+    sizes = constants["global_crop_size"], constants["local_crop_size"]
     global_crop, local_crop = (count(lambda: tcae.encoder(torch.zeros(1, 3, size, size)))[0] for size in sizes)
     head = IBOTHead(tcae.encoder.width, stage1.head_hidden, prototypes=stage1.prototypes)
-    masked = 0.15 * (sizes[0] // unit) ** 2  # half of the crops hide 30 % of their tokens
+    masked = 0.15 * (sizes[0] // tcae.encoder.output_patch) ** 2  # half of the crops hide 30 % of their tokens
     one = count(lambda: head.mlp(torch.zeros(1, tcae.encoder.width)))[0] + 2 * head.prototypes.numel()  # for one token
     student = 2 * global_crop + stage1.local_crops * local_crop + (2 + stage1.local_crops + 2 * masked) * one
     teacher = 2 * global_crop + 2 * (1 + masked) * one

@@ -14,7 +14,7 @@ if [ "$SCALE" = shapes ]; then
     GPUS=${GPUS:-1} SAMPLES=20
     TOKENIZER=(config/toy_tokenizer.py)
     DIT=(config/toy_dit.py) LONG=(--epochs=2 --decay_epoch=1)
-    FINETUNE=(config/shapes_finetune.py --batch_size=16 --discriminator_size=16/4/2 --discriminator_input=16)
+    FINETUNE=(config/cifar10_finetune.py --batch_size=16 --discriminator_size=16/4/2 --discriminator_input=16)
     REFERENCE=shapes
 else
     GPUS=${GPUS:-8} SAMPLES=50000
@@ -55,16 +55,16 @@ tokenizer() { # name, constants of train_tokenizer.py: trains and measures a tok
     fi
     launch train_tokenizer.py "${TOKENIZER[@]}" "${constants[@]}" --out_dir="$out/tokenizer" --resume=True
     [ "$SCALE" = shapes ] && feature_net "$out/tokenizer/checkpoint.pt"
-    [ -f "$out/tokenizer.json" ] || launch eval.py --tokenizer="$out/tokenizer/checkpoint.pt" --out="$out/tokenizer.json" \
-        ${NET[@]+"${NET[@]}"}
+    [ -f "$out/tokenizer.json" ] || launch eval.py --tokenizer="$out/tokenizer/checkpoint.pt" \
+        --out="$out/tokenizer.json" ${NET[@]+"${NET[@]}"}
 }
 
 finetune() { # name of a row whose tokenizer is there: finetunes its decoder, and measures that
     local out=$OUT/$1
     launch train_tokenizer.py "${FINETUNE[@]}" --init_from="$out/tokenizer/checkpoint.pt" --out_dir="$out/finetuned" \
         --resume=True
-    [ -f "$out/finetuned.json" ] || launch eval.py --tokenizer="$out/finetuned/checkpoint.pt" --out="$out/finetuned.json" \
-        ${NET[@]+"${NET[@]}"}
+    [ -f "$out/finetuned.json" ] || launch eval.py --tokenizer="$out/finetuned/checkpoint.pt" \
+        --out="$out/finetuned.json" ${NET[@]+"${NET[@]}"}
 }
 
 generator() { # name of a row whose tokenizer is there, constants of train_dit.py: trains and measures a generator
@@ -75,8 +75,8 @@ generator() { # name of a row whose tokenizer is there, constants of train_dit.p
         [ -f "$out/samples-$cfg.json" ] && continue
         launch sample.py --checkpoint="$out/dit/checkpoint.pt" --tokenizer="${DECODER:-$out/tokenizer/checkpoint.pt}" \
             --num_samples=$SAMPLES --cfg_scale="$cfg" --out_dir="$out/samples-$cfg"
-        launch eval.py --samples="$out/samples-$cfg/samples.npz" --reference="$REFERENCE" --out="$out/samples-$cfg.json" \
-            ${NET[@]+"${NET[@]}"}
+        launch eval.py --samples="$out/samples-$cfg/samples.npz" --reference="$REFERENCE" \
+            --out="$out/samples-$cfg.json" ${NET[@]+"${NET[@]}"}
     done
 }
 

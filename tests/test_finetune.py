@@ -411,7 +411,8 @@ def test_micro_batches_train_both(finetune, tmp_path):
         assert parts[name] == pytest.approx(whole[name], rel=0.2), name
 
 
-@pytest.mark.parametrize("config, processes", [("finetune_decoder", 8), ("shapes_finetune", 1), ("shapes_finetune", 2)])
+@pytest.mark.parametrize("config, processes",
+                         [("finetune_decoder", 8), ("cifar10_finetune", 1), ("cifar10_finetune", 2)])
 def test_the_configs_fit(config, processes, monkeypatch):
     """No constant is refused; the paper's are those of Table 7, right, where its epochs 6 and 8 are the defaults."""
     script = vars(train_tokenizer)
