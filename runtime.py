@@ -311,7 +311,14 @@ class Progress:
         self.checkpoint = Path(out_dir, "checkpoint.pt")
         self.log = Log(Path(out_dir, "log.jsonl"), start) if processes.first else None
         self.bar = tqdm(total=steps, initial=start, disable=not processes.first, unit="step", smoothing=0.05)
-        self.pending, self.since = [], time.perf_counter()
+        self.pending, self.since, self.waited = [], time.perf_counter(), 0.0
+
+    def wait_for(self, loader):
+        """The loader's next batch. How long it took is logged, as `waiting`: its share of the time."""
+        start = time.perf_counter()
+        batch = next(loader)
+        self.waited += time.perf_counter() - start
+        return batch
 
     def add(self, terms):
         """terms: {name: scalar tensor}, of a step, with the same names in all processes."""
@@ -337,14 +344,14 @@ class Progress:
             by_name.setdefault(name, []).append(value)
         speed = self.batch_size * len(self.pending) / seconds
         means = {name: sum(values) / len(values) for name, values in by_name.items()}
-        self.write(**means, lr=lr, seconds=seconds, images_per_second=speed)
+        self.write(**means, lr=lr, seconds=seconds, images_per_second=speed, waiting=self.waited / seconds)
         self.bar.set_postfix({**{name: f"{value:.3f}" for name, value in means.items()}, "img/s": f"{speed:.0f}"})
         self.pending = []
         self.start_clock()
 
     def start_clock(self):
         """Leaves out of images/s what was done since the last report: a validation, a picture."""
-        self.since = time.perf_counter()
+        self.since, self.waited = time.perf_counter(), 0.0
 
     def write(self, **values):
         if self.log:

@@ -10,9 +10,11 @@ losses. Nothing here has parameters; the head is in model.py.
 
 The name is taken: `import ssl` anywhere in this project's processes, in urllib or pip or torch.hub, finds this file
 instead of Python's TLS module. So it runs that module's code first, in its own namespace, and *is* the TLS module with
-iBOT on top. For the same reason numpy, Pillow and torch load only when they are used: who wants TLS may not have them.
+iBOT on top. For the same reason numpy, Pillow, torch and data.py load only when they are used: who wants TLS may not
+have them.
 """
 import importlib
+import math
 import sysconfig
 from importlib.machinery import PathFinder
 
@@ -30,65 +32,101 @@ class _Later:
     def __getattr__(self, attribute):
         if attribute.startswith("__"):  # inspect and doctest ask every object for these
             raise AttributeError(attribute)
-        return getattr(importlib.import_module(self._name), attribute)
+        value = getattr(importlib.import_module(self._name), attribute)
+        setattr(self, attribute, value)  # from now on found without coming here
+        return value
 
 
-np, torch = _Later("numpy"), _Later("torch")
-Image, ImageEnhance, ImageFilter, ImageOps = (_Later(f"PIL.{n}") for n in
-                                              ("Image", "ImageEnhance", "ImageFilter", "ImageOps"))
+np, torch, data = _Later("numpy"), _Later("torch"), _Later("data")
+Image, ImageFilter = _Later("PIL.Image"), _Later("PIL.ImageFilter")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Views (iBOT's recipe; Appendix A: "the same data augmentation pipelines")
 
 
-def random_resized_crop(image, size, scale, rng):
-    """A random part of the image, `scale` (low, high) of its area, aspect 3/4 to 4/3, resized to size × size and
-    flipped half the time."""
-    width, height = image.size
+def random_resized_crop(pixels, size, scale, rng):
+    """A random part of an image, uint8 (H, W, 3): `scale` (low, high) of its area, aspect 3/4 to 4/3, resized to
+    (size, size, 3) and flipped half the time."""
+    height, width, _ = pixels.shape
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
-        aspect = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-        w, h = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
+        aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
             break
     else:  # a very long image: the largest part of its centre with an allowed aspect
         w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
         left, top = (width - w) // 2, (height - h) // 2
-    crop = image.resize((size, size), Image.BICUBIC, box=(left, top, left + w, top + h))
-    return crop.transpose(Image.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop
+    crop = data.resize(pixels[top:top + h, left:left + w], size)
+    return crop[:, ::-1] if rng.random() < 0.5 else crop
+
+
+# While its colours change an image is float32 (3, H, W), from 0 to 255, and changes in place: to fetch new memory would
+# take longer than the arithmetic.
+
+
+def grey(image):
+    """Brightness as the eye has it (ITU-R 601), (H, W)."""
+    return 0.299 * image[0] + 0.587 * image[1] + 0.114 * image[2]
+
+
+def mix(image, other, factor):
+    """image <- factor * image + (1 - factor) * other. A factor above 1 leads away from the other image."""
+    image *= factor
+    image += (1 - factor) * other
+    np.clip(image, 0, 255, out=image)
 
 
 def shift_hue(image, turn):
-    """Hue turned by a fraction of the circle, -0.5 to 0.5."""
-    hue, saturation, value = image.convert("HSV").split()
-    hue = hue.point([(level + int(turn * 255)) % 256 for level in range(256)])
-    return Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+    """Hue, as HSV has it, turned by a fraction of the circle, -0.5 to 0.5.
+
+    The circle has six steps, with red at 0, green at 2 and blue at 4. A channel has the pixel's highest value up to one
+    step from its own place, the lowest from two steps on, and in between it falls evenly. Everything is counted in
+    steps times (highest - lowest): so nothing is divided, and grey is no special case. Whole numbers of 16 bits are
+    faster here than floats.
+    """
+    red, green, blue = whole = np.rint(image, out=image).astype(np.int16)
+    lowest, highest = whole.min(0), whole.max(0)
+    step = highest - lowest
+    two, circle = 2 * step, 6 * step
+    is_red = red == highest
+    is_green = (green == highest) & ~is_red
+    is_blue = ~(is_red | is_green)
+    hue = is_red * (green - blue) + is_green * (blue - red + two) + is_blue * (red - green + 2 * two)
+    hue += np.rint(np.float32(6 * turn) * step).astype(np.int16)
+    for channel in range(3):
+        away = np.abs(hue - channel * two)
+        away = np.minimum(away, np.abs(circle - away))  # the other way around may be shorter
+        image[channel] = lowest + two - np.minimum(np.maximum(away, step), two)
 
 
 def color_jitter(image, rng, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1):
     """The four changes in random order, each by a random amount."""
-    def enhance(kind, strength):
-        return lambda image: kind(image).enhance(rng.uniform(1 - strength, 1 + strength))
+    def factor(strength):
+        return rng.uniform(1 - strength, 1 + strength)
 
-    changes = [enhance(ImageEnhance.Brightness, brightness), enhance(ImageEnhance.Contrast, contrast),
-               enhance(ImageEnhance.Color, saturation), lambda image: shift_hue(image, rng.uniform(-hue, hue))]
+    changes = [lambda: mix(image, 0, factor(brightness)), lambda: mix(image, grey(image).mean(), factor(contrast)),
+               lambda: mix(image, grey(image), factor(saturation)), lambda: shift_hue(image, rng.uniform(-hue, hue))]
     for k in rng.permutation(4):
-        image = changes[k](image)
-    return image
+        changes[k]()
 
 
-def augment(image, rng, blur, solarize, blur_scale):
-    """Colour jitter, grey, blur with probability `blur`, solarize with probability `solarize`."""
+def augment(pixels, rng, blur, solarize, blur_scale):
+    """uint8 (H, W, 3) -> the same after colour jitter, grey, blur with probability `blur`, solarize with probability
+    `solarize`."""
+    image = pixels.transpose(2, 0, 1).astype(np.float32, order="C")  # (3, H, W)
     if rng.random() < 0.8:
-        image = color_jitter(image, rng)
+        color_jitter(image, rng)
     if rng.random() < 0.2:
-        image = image.convert("L").convert("RGB")
+        image[:] = grey(image)
+    pixels = np.stack(np.rint(image, out=image).astype(np.uint8), axis=-1)  # (H, W, 3)
     if rng.random() < blur:
-        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0) * blur_scale))
+        radius = rng.uniform(0.1, 2.0) * blur_scale
+        pixels = np.asarray(Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(radius)))
     if rng.random() < solarize:
-        image = ImageOps.solarize(image, 128)
-    return image
+        pixels = np.minimum(pixels, 255 - pixels)  # values from 128 on are inverted
+    return pixels
 
 
 def block_mask(height, width, ratio, rng):
@@ -122,19 +160,23 @@ def random_mask(grid, rng, mean=0.3, spread=0.2):
 
 
 class MultiCrop:
-    """A PIL image and an rng -> {"global_crops": uint8 (2, g, g, 3), "local_crops": uint8 (L, l, l, 3), "mask": bool
-    (2, h, h)}. Masks are drawn on the encoder's output grid, h = global_size / output_patch."""
+    """An image, uint8 (H, W, 3), and an rng -> {"global_crops": uint8 (2, g, g, 3), "local_crops": uint8 (L, l, l, 3),
+    "mask": bool (2, h, h)}. Masks are drawn on the encoder's output grid, h = global_size / output_patch."""
 
     def __init__(self, global_size, global_scale, local_size, local_scale, local_crops, output_patch, masks=True):
         self.global_size, self.global_scale = global_size, global_scale
         self.local_size, self.local_scale, self.local_crops = local_size, local_scale, local_crops
         self.mask_grid, self.masks = global_size // output_patch, masks
         self.blur_scale = global_size / 224  # iBOT's radii are meant for 224 px: a small image is blurred less
+        # How many pixels an image's shorter side must have for no crop to be enlarged: the smallest crop has the share
+        # scale[0] of the area, and the square of its own shorter side is at least 3/4 of that.
+        self.short_side = math.ceil(max(size / math.sqrt(scale[0] * 3 / 4) for size, scale in
+                                        [(global_size, global_scale), (local_size, local_scale)]))
 
-    def __call__(self, image, rng):
+    def __call__(self, pixels, rng):
         def view(size, scale, blur, solarize):
-            crop = random_resized_crop(image, size, scale, rng)
-            return np.asarray(augment(crop, rng, blur, solarize, self.blur_scale))
+            crop = random_resized_crop(pixels, size, scale, rng)
+            return augment(crop, rng, blur, solarize, self.blur_scale)
 
         local_crops = [view(self.local_size, self.local_scale, 0.5, 0.0) for _ in range(self.local_crops)]
         return {

@@ -302,7 +302,7 @@ def main():
             group["lr"] = lr
         total = 0
         for part in range(accumulate):
-            batch, names = next(loader)
+            batch, names = progress.wait_for(loader)
             bad += names
             batch = {name: x.to(on, non_blocking=True) for name, x in batch.items()}
             z = (batch["z"] if "z" in batch else encode_pixels(tcae, batch["pixels"], processes)).float()

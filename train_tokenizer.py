@@ -14,6 +14,7 @@ import copy
 import os
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -153,14 +154,30 @@ class StepViews:
 
     def __init__(self, multi_crop):
         self.image_size, self.multi_crop = image_size, multi_crop
+        self.short_side = max(image_size, multi_crop.short_side if multi_crop else 0)  # of a decoded JPEG
 
     def __call__(self, image, rng):
-        views = {"images": data.random_crop(image, self.image_size, rng)}
-        return {**views, **self.multi_crop(image, rng)} if self.multi_crop else views
+        pixels = np.array(image)
+        views = {"images": data.random_crop(pixels, self.image_size, rng)}
+        return {**views, **self.multi_crop(pixels, rng)} if self.multi_crop else views
 
     def prepare(self, batch):
         images = batch.pop("images")  # (B, H, W, 3)
         return {"images": images, **(ssl.by_view(batch) if self.multi_crop else {})}
+
+
+def build_ssl(tcae, processes):
+    """What self-supervision takes beside the tokenizer: the heads, the teacher, the loss, and what makes the views."""
+    method, on = ssl.METHODS[ssl_method], processes.device
+    heads = torch.nn.ModuleList(IBOTHead(tcae.encoder.width, head_hidden, prototypes=prototypes)
+                                for _ in range(2 if method["untied"] else 1)).to(on)
+    teacher = torch.nn.ModuleDict({"encoder": copy.deepcopy(tcae.encoder), "heads": copy.deepcopy(heads)})
+    teacher.requires_grad_(False)
+    ibot = ssl.IBOTLoss(prototypes, on, sinkhorn=method["sinkhorn"], koleo_weight=method["koleo_weight"],
+                        sum_over_processes=processes.sum)
+    multi_crop = ssl.MultiCrop(global_crop_size, global_crop_scale, local_crop_size, local_crop_scale, local_crops,
+                               tcae.encoder.output_patch, method["masks"])
+    return heads, teacher, ibot, multi_crop
 
 
 def build_optimizer(model, on):
@@ -397,17 +414,7 @@ def main():
         tcae = TCAE.from_constants(constants).to(on)
     except ValueError as error:  # sizes that do not fit; it names the constant
         runtime.fail(error)
-    ibot = heads = teacher = multi_crop = None
-    if ssl_method != "none":
-        method = ssl.METHODS[ssl_method]
-        heads = torch.nn.ModuleList(IBOTHead(tcae.encoder.width, head_hidden, prototypes=prototypes)
-                                    for _ in range(2 if method["untied"] else 1)).to(on)
-        teacher = torch.nn.ModuleDict({"encoder": copy.deepcopy(tcae.encoder), "heads": copy.deepcopy(heads)})
-        teacher.requires_grad_(False)
-        ibot = ssl.IBOTLoss(prototypes, on, sinkhorn=method["sinkhorn"], koleo_weight=method["koleo_weight"],
-                            sum_over_processes=processes.sum)
-        multi_crop = ssl.MultiCrop(global_crop_size, global_crop_scale, local_crop_size, local_crop_scale, local_crops,
-                                   tcae.encoder.output_patch, method["masks"])
+    heads, teacher, ibot, multi_crop = build_ssl(tcae, processes) if ssl_method != "none" else (None,) * 4
     shown = tcae  # the tokenizer that is validated and handed on: with the averaged decoder, if there is one
     if init_from:
         tcae.load_state_dict(given["tokenizer"])
@@ -418,7 +425,7 @@ def main():
         perceptual = runtime.load_lpips("vgg", processes) if lpips_weight else None
     except runtime.MissingWeights as error:
         runtime.fail(f"{error}, or do without the perceptual loss: --lpips_weight=0")
-    model = JointTokenizer(tcae, heads, ibot and method["masks"])
+    model = JointTokenizer(tcae, heads, multi_crop and multi_crop.masks)
     optimizer = build_optimizer(model, on)
     processes.print(f"parameters: encoder {count_parameters(tcae.encoder, tcae.bottleneck):.1f} M, "
                     f"decoder {count_parameters(tcae.decoder):.1f} M"
@@ -475,7 +482,7 @@ def main():
             group["lr"] = lr
         step_terms = {}
         for part in range(accumulate):
-            views, names = next(loader)
+            views, names = progress.wait_for(loader)
             views = {name: data.to_float(x, on) if x.dtype == torch.uint8 else x.to(on, non_blocking=True)
                      for name, x in views.items()}
             if processes.count > 1:

@@ -3,7 +3,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import skimage.data
 import torch
+import torchvision.transforms.functional as torchvision
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
@@ -133,6 +135,69 @@ def test_images_of_every_kind_become_rgb_of_the_right_colour(tmp_path):
         assert image.mode == "RGB" and image.size == (16, 16)
         difference = np.abs(np.asarray(image, float) - np.array(expected[name])).max()
         assert difference <= (4 if name.lower().endswith(("jpg", "jpeg")) else 1), name
+
+
+@pytest.fixture
+def large_jpeg(tmp_path):
+    """A folder with one JPEG of 1600 × 1200."""
+    (tmp_path / "class").mkdir()
+    photo(1600, 1200).save(tmp_path / "class" / "large.jpg", quality=90)
+    return tmp_path
+
+
+def test_a_jpeg_is_decoded_no_larger_than_needed(large_jpeg):
+    """At 1/2, 1/4 or 1/8, never so that its shorter side falls below what is asked for; other formats as they are."""
+    source = data.ImageFolder(large_jpeg)
+    sizes = {short_side: source.load(0, short_side).size for short_side in (0, 1, 150, 151, 300, 301, 600, 601, 5000)}
+    assert sizes == {0: (1600, 1200), 1: (200, 150), 150: (200, 150), 151: (400, 300), 300: (400, 300),
+                     301: (800, 600), 600: (800, 600), 601: (1600, 1200), 5000: (1600, 1200)}
+    source.load(0).convert("L").save(large_jpeg / "class" / "grey.jpg")
+    source.load(0).convert("CMYK").save(large_jpeg / "class" / "other.jpg")
+    source.load(0, 150).save(large_jpeg / "class" / "still.png")
+    source = data.ImageFolder(large_jpeg)
+    for i, size in enumerate([(400, 300), (400, 300), (400, 300), (200, 150)]):
+        image = source.load(i, 300 if i < 3 else 50)
+        assert image.size == size and image.mode == "RGB", source.name(i)
+
+
+@pytest.mark.parametrize("name", ["astronaut", "coffee", "chelsea"])
+@pytest.mark.parametrize("scale", [2, 4])
+def test_crops_of_a_jpeg_decoded_smaller_are_nearly_the_same(name, scale, tmp_path):
+    """Of photographs, the same boxes at the same size, which is at most the box's own: 2 of 255 levels."""
+    (tmp_path / "class").mkdir()
+    Image.fromarray(getattr(skimage.data, name)()).save(tmp_path / "class" / "photograph.jpg", quality=90)
+    source = data.ImageFolder(tmp_path)
+    whole = np.array(source.load(0))
+    smaller = np.array(source.load(0, len(whole) // scale))
+    height, width, _ = smaller.shape
+    assert height == len(whole) // scale
+    rng, size, differences = np.random.default_rng(0), height // 2, []
+    for _ in range(40):
+        h, w = rng.integers(size, height + 1), rng.integers(size, width + 1)
+        top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+        ours = data.resize(smaller[top:top + h, left:left + w], size)
+        box = np.s_[scale * top:scale * (top + h), scale * left:scale * (left + w)]
+        differences.append(np.abs(ours - data.resize(whole[box], size).astype(float)).mean())
+    assert np.mean(differences) <= 2 and np.max(differences) <= 2.5
+
+
+def test_training_asks_for_small_jpegs_and_evaluation_for_whole_ones(large_jpeg):
+    """What a step's views need decides: with the paper's, a photograph as in ImageNet is decoded whole, one of a camera
+    at a quarter. Without self-supervision the crop to reconstruct is all there is."""
+    multi_crop = ssl.MultiCrop(224, (0.25, 1.0), 96, (0.05, 0.25), 10, 16)
+    views, alone = StepViews(multi_crop), StepViews(None)
+    assert 375 < views.short_side == multi_crop.short_side < 3000 / 4 and views.image_size == alone.short_side == 256
+    source = data.ImageFolder(large_jpeg)
+
+    class Size:
+        short_side = 500
+
+        def __call__(self, image, rng):
+            return image.size
+
+    assert data.Augmented(source, Size(), seed=0)[0, 0] == ((800, 600), [])
+    assert data.Augmented(source, lambda image, rng: image.size, seed=0)[0, 0] == ((1600, 1200), [])
+    np.testing.assert_array_equal(data.Centered(source, 64)[0][0], adm_center_crop(Image.open(source.name(0)), 64))
 
 
 def test_classes_are_the_folders_in_alphabetical_order(folder):
@@ -267,8 +332,8 @@ def test_a_resumed_loader_gives_the_same_tensors(workers):
 
 def test_loading_warns_of_nothing(recwarn):
     """A warning per worker and epoch would push the bar off the screen; torch shows most of its own only once."""
-    views = StepViews(None)
-    views.image_size = 32
+    views = StepViews(ssl.MultiCrop(16, (0.25, 1.0), 8, (0.05, 0.25), 2, 4))
+    views.image_size = 24
     torch.set_warn_always(True)
     try:
         list(data.batches(data.Shapes("train", 8, 32), views, 4, 0, 2, 0, process()))
@@ -316,13 +381,44 @@ def test_center_crop_is_adm_s(width, height):
 
 def test_random_crop_covers_the_image_and_flips_half_the_time():
     """Red is x: the crop of a wide image begins anywhere along it, and runs backwards half of the time."""
-    wide = Image.fromarray(np.broadcast_to(np.arange(96, dtype=np.uint8)[None, :, None], (32, 96, 3)).copy())
+    wide = np.broadcast_to(np.arange(96, dtype=np.uint8)[None, :, None], (32, 96, 3)).copy()
     rng = np.random.default_rng(0)
     crops = np.stack([data.random_crop(wide, 32, rng) for _ in range(400)]).astype(int)[:, 0, :, 0]
     flipped = crops[:, 0] > crops[:, -1]
     assert 0.4 < flipped.mean() < 0.6
     starts = crops.min(1)
     assert starts.min() <= 2 and starts.max() >= 62 and (crops.max(1) - starts == 31).all()
+    tall = wide.transpose(1, 0, 2)
+    starts = np.array([data.random_crop(tall, 32, rng)[0, 0, 0] for _ in range(100)])
+    assert starts.min() <= 5 and starts.max() >= 59
+
+
+@pytest.mark.parametrize("width, height", [(120, 90), (64, 64), (70, 200), (20, 24)])
+def test_resized_crops_equal_torchvision_s(width, height):
+    """Bicubic with antialiasing, larger or smaller, from the middle of the image: pixels that Pillow would give."""
+    image = photo(width, height)
+    pixels = np.array(image)
+    for left, top, w, h in (0, 0, width, height), (3, 5, width - 9, height // 2), (width // 3, 0, 10, 13):
+        ours = data.resize(pixels[top:top + h, left:left + w], 48)
+        theirs = torchvision.resized_crop(image, top, left, h, w, [48, 48], torchvision.InterpolationMode.BICUBIC)
+        difference = np.abs(ours.astype(int) - np.asarray(theirs))
+        assert ours.shape == (48, 48, 3) and ours.dtype == np.uint8
+        assert difference.mean() <= 0.25 and difference.max() <= 2
+    side = min(width, height)
+    squares = [torchvision.resized_crop(image, top, left, side, side, [48, 48], torchvision.InterpolationMode.BICUBIC)
+               for top in range(height - side + 1) for left in range(width - side + 1)]
+    candidates = np.array([np.asarray(square) for square in squares + [torchvision.hflip(q) for q in squares]], int)
+    for seed in range(5):  # the crop to reconstruct is one of the largest squares, or its mirror image
+        crop = data.random_crop(pixels, 48, np.random.default_rng(seed))
+        assert np.abs(candidates - crop).mean((1, 2, 3)).min() <= 0.25
+
+
+def test_what_has_the_right_size_is_not_resampled():
+    """CIFAR's 32 px, and the built-in shapes."""
+    pixels = np.array(photo(32, 32))
+    assert data.resize(pixels, 32) is pixels
+    crop = data.random_crop(pixels, 32, np.random.default_rng(0))
+    assert np.array_equal(crop, pixels) or np.array_equal(crop, pixels[:, ::-1])
 
 
 def test_pixels_survive_the_way_to_floats_and_back():

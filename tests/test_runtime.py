@@ -3,6 +3,7 @@ import hashlib
 import json
 import math
 import re
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -289,6 +290,26 @@ def test_terms_that_come_and_go_are_averaged_over_the_steps_that_have_them(tmp_p
     progress.add({"l1": torch.tensor(1.0)})
     progress.add({"l1": torch.tensor(1.0), "adversarial": torch.tensor(math.nan)})
     assert "step 7: adversarial is nan" in failure(progress.report, 0.1)
+
+
+def test_the_time_spent_waiting_for_data_is_logged_as_a_share(tmp_path):
+    """A loader that takes most of the time, then one that takes none; what start_clock() leaves out is left out."""
+    def slow():
+        while True:
+            time.sleep(0.03)
+            yield "batch"
+
+    progress, loader = runtime.Progress(tmp_path, 0, 9, 8, alone()), slow()
+    for source in loader, iter(["batch"] * 2):
+        for _ in range(2):
+            assert progress.wait_for(source) == "batch"
+            time.sleep(0.005)
+            progress.add({"l1": torch.tensor(1.0)})
+        progress.report(lr=0.1)
+        progress.wait_for(loader)
+        progress.start_clock()
+    first, second = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
+    assert 0.5 < first["waiting"] < 1 and second["waiting"] < 0.2
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """iBOT, DINO and DINOv2: the losses against plain loops in float64, and the views against what the recipe says."""
+import colorsys
 import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,7 @@ import pytest
 import ssl
 import torch
 import torchvision.transforms.functional as torchvision
-from PIL import Image
+from PIL import Image, ImageFilter, ImageOps
 
 GLOBAL, LOCAL, K = 2, 3, 7  # views and prototypes of the tests of the loss
 
@@ -373,12 +374,12 @@ def test_every_token_is_hidden_about_as_often_as_any_other():
 def coordinates(width, height):
     """An image whose red is x and whose green is y, one level per pixel."""
     y, x = np.mgrid[:height, :width]
-    return Image.fromarray(np.stack([x, y, 0 * x], axis=2).astype(np.uint8))
+    return np.stack([x, y, 0 * x], axis=2).astype(np.uint8)
 
 
 def box_of(crop):
     """(left, top, w, h, flipped) of a crop of such an image, from straight lines through its inner pixels."""
-    pixels, size = np.asarray(crop, float), crop.width
+    pixels, size = crop.astype(float), len(crop)
     inner = np.arange(size // 4, size - size // 4)
     x_slope, x_start = np.polyfit(inner + 0.5, pixels[:, :, 0].mean(0)[inner] + 0.5, 1)
     y_slope, y_start = np.polyfit(inner + 0.5, pixels[:, :, 1].mean(1)[inner] + 0.5, 1)
@@ -430,13 +431,24 @@ def photo(width=48, height=40):
     y, x = np.mgrid[:height, :width] / 10
     waves = np.stack([np.sin(x), np.sin(y + 1), np.sin(x + 2 * y)], axis=2)
     noise = np.random.default_rng(0).normal(0, 12, waves.shape)
-    return Image.fromarray((127 + 120 * waves + noise).clip(0, 255).astype(np.uint8))
+    return (127 + 120 * waves + noise).clip(0, 255).astype(np.uint8)
+
+
+def planes(pixels):
+    """As colours are changed: float32 (3, H, W), 0 to 255."""
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1), np.float32)
+
+
+def difference(image, expected):
+    """Mean absolute difference, in levels of 255, of planes and of a Pillow image or pixels."""
+    return np.abs(image.transpose(1, 2, 0) - np.asarray(expected, float)).mean()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2)])
 def test_color_jitter_equals_torchvision(share, order):
-    """Brightness, contrast, saturation and hue by the same factors, in the same order, on the same 8 bits."""
+    """Brightness, contrast, saturation and hue by the same factors, in the same order. On torchvision's floats the
+    arithmetic is the same, but for the hue's whole numbers; Pillow's cuts off to 8 bits after every change."""
     def factor(strength, middle=1):
         return middle - strength + share * 2 * strength
 
@@ -444,19 +456,109 @@ def test_color_jitter_equals_torchvision(share, order):
               lambda image: torchvision.adjust_contrast(image, factor(0.4)),
               lambda image: torchvision.adjust_saturation(image, factor(0.2)),
               lambda image: torchvision.adjust_hue(image, factor(0.1, middle=0))]
-    expected = photo()
+    exact, pillow = torch.from_numpy(planes(photo())) / 255, Image.fromarray(photo())
     for k in order:
-        expected = theirs[k](expected)
-    ours = np.asarray(ssl.color_jitter(photo(), Fixed(share, order)), float)
-    assert np.abs(ours - np.asarray(expected, float)).mean() <= 0.5
-    assert np.abs(ours - np.asarray(photo(), float)).mean() > 5, "and it does change the image"
+        exact, pillow = theirs[k](exact), theirs[k](pillow)
+    ours = planes(photo())
+    ssl.color_jitter(ours, Fixed(share, order))
+    assert ours.dtype == np.float32 and ours.min() >= 0 and ours.max() <= 255
+    assert np.abs(ours - exact.numpy() * 255).max() < 2 and np.abs(ours - exact.numpy() * 255).mean() < 0.4
+    assert difference(ours, pillow) <= 2
+    assert difference(ours, photo()) > 5, "and it does change the image"
+
+
+@pytest.mark.parametrize("turn", [-0.5, -0.1, -0.013, 0.0, 0.07, 0.1, 1 / 3, 0.5])
+def test_hue_equals_colorsys(turn):
+    """To the nearest level, for every kind of colour: any of the channels highest, two or all of them equal, black and
+    white. Hue is a circle: it wraps around at both ends and does not stop there."""
+    some = np.random.default_rng(0).integers(0, 256, (300, 3))
+    ties = np.array([[r, g, b] for r in (0, 128, 255) for g in (0, 128, 255) for b in (0, 128, 255)])
+    colours = np.concatenate([some, ties])
+    expected = []
+    for colour in colours / 255:
+        hue, saturation, value = colorsys.rgb_to_hsv(*colour)
+        expected.append(colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value))
+    image = planes(colours[None])
+    ssl.shift_hue(image, turn)
+    np.testing.assert_allclose(image[:, 0].T, np.array(expected) * 255, atol=0.501)
 
 
 @pytest.mark.parametrize("turn", [-0.5, -0.1, -0.013, 0.0, 0.07, 0.1, 0.5])
-def test_hue_equals_torchvision(turn):
-    """Hue is a circle: it wraps around at both ends and does not stop there."""
-    ours, theirs = ssl.shift_hue(photo(), turn), torchvision.adjust_hue(photo(), turn)
-    np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+def test_hue_is_near_pillow_s(turn):
+    """Pillow's HSV has 8 bits and is off by a level itself, even where nothing is turned."""
+    image = planes(photo())
+    ssl.shift_hue(image, turn)
+    assert difference(image, torchvision.adjust_hue(Image.fromarray(photo()), turn)) <= 2
+
+
+def test_grey_and_solarize_equal_pillow():
+    """Each alone, forced by what random() gives: a change happens where that is below its probability."""
+    def changed(*draws):
+        return ssl.augment(photo(), SimpleNamespace(random=iter(draws).__next__), 0.5, 0.2, 1.0)
+
+    assert np.array_equal(changed(0.9, 0.9, 0.9, 0.9), photo())
+    grey = np.asarray(Image.fromarray(photo()).convert("L"), int)
+    assert np.abs(changed(0.9, 0.1, 0.9, 0.9) - grey[:, :, None]).max() <= 1
+    assert np.array_equal(changed(0.9, 0.9, 0.9, 0.1), np.asarray(ImageOps.solarize(Image.fromarray(photo()), 128)))
+
+
+def plain_view(image, rng, size, scale, blur, solarize):
+    """A view of a Pillow image by torchvision and Pillow alone, with the same random draws as ours."""
+    width, height = image.size
+    for _ in range(10):
+        area, aspect = width * height * rng.uniform(*scale), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if w <= width and h <= height:
+            break
+    left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
+    image = torchvision.resized_crop(image, top, left, h, w, [size, size], torchvision.InterpolationMode.BICUBIC)
+    image = torchvision.hflip(image) if rng.random() < 0.5 else image
+    if rng.random() < 0.8:
+        changes = [(torchvision.adjust_brightness, 0.6, 1.4), (torchvision.adjust_contrast, 0.6, 1.4),
+                   (torchvision.adjust_saturation, 0.8, 1.2), (torchvision.adjust_hue, -0.1, 0.1)]
+        for k in rng.permutation(4):
+            change, low, high = changes[k]
+            image = change(image, rng.uniform(low, high))
+    image = torchvision.rgb_to_grayscale(image, 3) if rng.random() < 0.2 else image
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0))) if rng.random() < blur else image
+    return np.asarray(torchvision.solarize(image, 128) if rng.random() < solarize else image)
+
+
+@pytest.mark.parametrize("size, scale, blur, solarize", [(48, (0.25, 1.0), 1.0, 0.0), (48, (0.25, 1.0), 0.1, 0.2),
+                                                         (32, (0.05, 0.25), 0.5, 0.0)])
+def test_views_are_near_torchvision_s(size, scale, blur, solarize):
+    """The whole of iBOT's recipe: with the same random draws, views that differ by less than what 8 bits hide."""
+    differences = []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        ours = ssl.augment(ssl.random_resized_crop(photo(200, 150), size, scale, rng), rng, blur, solarize, 1.0)
+        plain = plain_view(Image.fromarray(photo(200, 150)), np.random.default_rng(seed), size, scale, blur, solarize)
+        assert ours.shape == plain.shape == (size, size, 3) and ours.dtype == np.uint8
+        differences.append(np.abs(ours - plain.astype(float)).mean())
+    assert np.mean(differences) <= 2 and np.max(differences) <= 3
+
+
+@pytest.mark.parametrize("global_scale, local_scale", [((0.25, 1.0), (0.2, 0.25)), ((0.4, 1.0), (0.05, 0.25))])
+def test_short_side_is_what_the_smallest_crop_needs(global_scale, local_scale, monkeypatch):
+    """An image whose shorter side has that many pixels has enough for every crop; a square one can't do with less."""
+    crops, enlargements = ssl.MultiCrop(32, global_scale, 16, local_scale, 8, 8), []
+
+    def resize(crop, size):
+        enlargements.append(size / min(crop.shape[:2]))
+        return np.zeros((size, size, 3), np.uint8)
+
+    def largest_enlargement(height, width):
+        enlargements.clear()
+        rng = np.random.default_rng(0)
+        for _ in range(60):
+            crops(np.zeros((round(height), round(width), 3), np.uint8), rng)
+        assert len(enlargements) == 60 * 10
+        return max(enlargements)
+
+    monkeypatch.setattr(ssl.data, "resize", resize)
+    side = crops.short_side
+    assert 0.9 < largest_enlargement(side, side) <= 1 < largest_enlargement(0.8 * side, 0.8 * side)
+    assert largest_enlargement(side, 1.5 * side) <= 1 and largest_enlargement(2.3 * side, side) <= 1
 
 
 def test_views_depend_on_the_rng_alone():
@@ -477,15 +579,15 @@ def test_how_often_each_augmentation_happens():
     white image shows solarization (white turns black), coloured noise shows grey and blur."""
     rng, count = np.random.default_rng(0), 500
     crops = ssl.MultiCrop(16, (0.25, 1.0), 16, (0.05, 0.25), 1, 8)
-    white = [crops(Image.new("RGB", (32, 32), "white"), rng) for _ in range(count)]
+    white = [crops(np.full((32, 32, 3), 255, np.uint8), rng) for _ in range(count)]
     dark = np.array([[views["global_crops"][q].mean() < 100 for q in (0, 1)] + [views["local_crops"].mean() < 100]
                      for views in white]).mean(0)
     assert dark[0] == 0 and dark[2] == 0 and 0.14 < dark[1] < 0.26
 
-    noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    noise = np.random.default_rng(1).integers(0, 256, (16, 16, 3), dtype=np.uint8)
 
     def rates(blur):
-        images = [np.asarray(ssl.augment(noise, rng, blur, 0.0, 1.0), float) for _ in range(count)]
+        images = [ssl.augment(noise, rng, blur, 0.0, 1.0).astype(float) for _ in range(count)]
         grey = np.mean([np.ptp(image, axis=2).max() == 0 for image in images])
         return grey, np.mean([np.abs(np.diff(image, axis=1)).mean() for image in images])
 

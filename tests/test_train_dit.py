@@ -431,7 +431,7 @@ def test_a_run_leaves_what_it_promises(base):
     """A line per step, a picture of four rows of ten classes, a checkpoint with all that stage 3 needs."""
     lines, state = log(base / "run"), checkpoint(base / "run")
     assert [line["step"] for line in lines] == list(range(1, 41))
-    assert {"loss", "grad_norm", "lr", "seconds", "images_per_second"} <= lines[0].keys()
+    assert {"loss", "grad_norm", "lr", "seconds", "images_per_second", "waiting"} <= lines[0].keys()
     picture = Image.open(base / "run" / "samples.png")
     assert picture.width >= 10 * 96 and picture.height >= 4 * 96
     assert state["kind"] == "dit" and state["step"] == 40 and state["classes"] == data.Shapes.classes

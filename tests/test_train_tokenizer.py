@@ -105,7 +105,7 @@ def test_a_run_leaves_what_it_promises(straight):
     steps, validations = log(straight)
     assert [line["step"] for line in steps] == list(range(1, 21))
     assert {"l1", "cls", "mim", "teacher_entropy", "batch_entropy", "grad_norm", "lr", "seconds",
-            "images_per_second"} <= steps[0].keys()
+            "images_per_second", "waiting"} <= steps[0].keys()
     for line in steps:
         assert line["loss"] == pytest.approx(0.1 * line["l1"] + line["cls"] + line["mim"], abs=1e-4)  # Eq. 5 and 6
     assert [line["lr"] for line in steps[:2]] == pytest.approx([5e-4, 1e-3]) and steps[-1]["lr"] < 3e-5
