@@ -124,7 +124,7 @@ def test_a_block_is_its_formula():
         shift1, scale1, gate1, shift2, scale2, gate2 = (modulation[k * width:(k + 1) * width] for k in range(6))
 
         def modulated(y, norm, shift, scale):
-            return y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.norm.weight * (1 + scale) + shift
+            return y / (y.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight * (1 + scale) + shift
 
         y = x[b]
         qkv = modulated(y, block.norm1, shift1, scale1) @ block.attn.qkv.weight.T + block.attn.qkv.bias
@@ -212,7 +212,7 @@ def test_position_and_norm_are_where_the_recipe_has_them():
     time = model.time_mlp(torch.cat([angles.sin(), angles.cos()], 1))
     torch.testing.assert_close(seen["condition"], time + model.class_embed.weight[[1, 10]], rtol=1e-4, atol=1e-4)
     shift, scale = model.modulation(nn.functional.silu(seen["condition"]))[:, None].split(32, 2)
-    x = seen["last"] / (seen["last"].square().mean(-1, keepdim=True) + 1e-6).sqrt() * model.norm.norm.weight
+    x = seen["last"] / (seen["last"].square().mean(-1, keepdim=True) + 1e-6).sqrt() * model.norm.weight
     torch.testing.assert_close(seen["normed"], x * (1 + scale) + shift)
     torch.testing.assert_close(out, model.head(seen["normed"]).transpose(1, 2).unflatten(2, (4, 4)))
     assert isinstance(model.norm, Modulated)
