@@ -4,13 +4,14 @@
 
 Operations are counted on the networks themselves, on images of 256 px: two per multiply-add of matrix products,
 convolutions and attention; norms, activations and the optimizer are left out. Training counts three forwards for what
-is trained (one forward, two backward) and one for what is only run. Nothing is computed with real numbers: all tensors
-are on PyTorch's meta device, so this takes seconds and no memory.
+is trained (one forward, two backward), two for what is frozen but passed on the way back, and one for what is only run.
+Nothing is computed with real numbers: all tensors are on PyTorch's meta device, so this takes seconds and no memory.
 """
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -18,7 +19,7 @@ from torchvision.models import vgg16
 
 import runtime
 import train_tokenizer as stage1
-from model import IBOTHead, LightningDiT, TCAE
+from model import DINO, DiscriminatorHead, IBOTHead, LightningDiT, TCAE
 
 images = 1281167  # ImageNet's training split
 gpus = 8
@@ -40,6 +41,7 @@ ROWS = [  # name, constants of train_tokenizer.py that differ from the defaults
     ("p = 8, M = 6, S–L", dict(decoder="L")),
     ("p = 8, M = 6, B–B", dict(encoder="B", decoder="B")),
 ]
+ROWS += [(f"{name}, S–{size}", {**changes, "decoder": size}) for name, changes in ROWS[:3] for size in "BL"]  # Figure 8
 
 
 def count(function):
@@ -64,12 +66,35 @@ def tokenizer_row(changes):
     one = count(lambda: head.mlp(torch.zeros(1, tcae.encoder.width)))[0] + 2 * head.prototypes.numel()  # for one token
     student = 2 * global_crop + stage1.local_crops * local_crop + (2 + stage1.local_crops + 2 * masked) * one
     teacher = 2 * global_crop + 2 * (1 + masked) * one
-    vgg = vgg16().features
-    lpips = count(lambda: vgg(image))[0]
-    step = 3 * (encode + decode + student) + teacher + 3 * lpips  # LPIPS: both images forwards, one of them backwards
+    step = 3 * (encode + decode + student) + teacher + lpips(image)
     encoder, decoder = (sum(p.numel() for part in parts for p in part.parameters())
                         for parts in ((tcae.encoder, tcae.bottleneck), (tcae.decoder,)))
     return encoder, decoder, encode, decode, attention_1 + attention_2, step
+
+
+def lpips(image):
+    """Of both images forwards, of the reconstruction backwards too; VGG is frozen."""
+    vgg = vgg16().features
+    return 3 * count(lambda: vgg(image))[0]
+
+
+def finetuning_row(constants):
+    """Decoder finetuning (Table 7, right) -> operations for one image until the discriminator starts, while it learns
+    alone, and from when its loss counts; and their mean over the epochs."""
+    tcae, image = TCAE.from_constants(constants), torch.zeros(1, 3, constants["image_size"], constants["image_size"])
+    z = tcae.encode(image)
+    plain = count(lambda: tcae.encode(image))[0] + 3 * count(lambda: tcae.decode(z))[0] + lpips(image)
+    network = DINO(constants["discriminator_size"], input_size=constants["discriminator_input"])
+    features = network(image)
+    dino, attention = count(lambda: network(image))
+    head = DiscriminatorHead(network.width)
+    heads = sum(count(lambda: head(x))[0] for x in features)
+    # The discriminator sees the real image and the generated one, in one batch. When it learns, DINO is only run; the
+    # decoder's loss then goes forwards and backwards through all of it (attention takes two products, and four back).
+    alone = plain + 2 * (dino + 3 * heads)
+    both = alone + 2 * (2 * dino + attention + 2 * heads)
+    epochs, start, counts = (constants[name] for name in ("epochs", "discriminator_start", "adversarial_start"))
+    return plain, alone, both, (start * plain + (counts - start) * alone + (epochs - counts) * both) / epochs
 
 
 def hours(operations_per_image, epochs):
@@ -88,6 +113,14 @@ def main():
         both = encode + decode
         numbers = (encoder / 1e6, decoder / 1e6, encode / 1e9, decode / 1e9, both / 1e9, (both - attention) / 1e9,
                    both / 2e9, step / 1e9, hours(step, stage1.epochs))
+        print(f"| {name} | " + " | ".join(f"{n:.1f}" for n in numbers) + " |")
+    constants = runtime.configure(vars(stage1).copy(), [str(ROOT / "config" / "finetune_decoder.py")])
+    start, counts, epochs = (f"{constants[name]:g}" for name in ("discriminator_start", "adversarial_start", "epochs"))
+    print(f"\n| decoder finetuning | until epoch {start} | until {counts} | until {epochs} | mean | "
+          f"hours for {epochs} epochs |\n|---|---|---|---|---|---|")
+    for name, decoder in ("S–S", "S"), ("S–B (Table 4)", "B"):
+        operations = finetuning_row({**constants, "decoder": decoder})
+        numbers = *(n / 1e9 for n in operations), hours(operations[-1], constants["epochs"])
         print(f"| {name} | " + " | ".join(f"{n:.1f}" for n in numbers) + " |")
     print("\n| generator | parameters M | one evaluation | 50 steps with guidance | hours for 80 epochs | for 800 |\n"
           "|---|---|---|---|---|---|")

@@ -2,7 +2,9 @@
 #
 #   DATA=imagenet GPUS=8 runs/table2.sh      # DATA holds train/, val/ and ADM's VIRTUAL_imagenet256_labeled.npz
 #   SCALE=shapes runs/table2.sh              # the same rows in tiny, on built-in shapes: what runs, not what comes out
+#   PYTHON=echo DATA=imagenet runs/table2.sh # runs nothing and shows the commands
 #
+# All need the environment that runs/setup.sh makes, or PYTHON=, another Python with the same packages.
 # Rows that tables share are run once; a second call does only what is missing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

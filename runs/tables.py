@@ -50,11 +50,13 @@ TABLES = {
         "p16-alpha10": (1.26, 25.22, 0.086, 0.789, 34.10, 40.62)}),
     "10": (FULL, {
         "p8-none": (1.33, 25.13, 0.068, 0.794, 44.72, 33.62), "p8-stc-none": (0.75, 25.72, 0.072, 0.807, 32.92, 43.58),
+        "p8-stc": (0.90, 24.21, 0.098, 0.749, 16.39, 71.33),
         "c256-none": (0.73, 28.06, 0.040, 0.879, 47.33, 30.73),
         "c256-stc-none": (0.57, 27.98, 0.037, 0.875, 39.93, 36.49),
         "c256-stc": (1.23, 24.99, 0.091, 0.780, 24.27, 55.20)}),
     "11": (SYSTEM, {"c32-stc": (0.81, 10.72, 4.77)}),
-    "figure8": (("rFID", "gFID"), {f"p{p}-{size}": (None, None) for size in "SBL" for p in (64, 32, 16, 8)}),
+    "figure8": (("rFID", "gFID"), {f"{row}{decoder}": (None, None)
+                                   for decoder in ("", "-B", "-L") for row in ("p64", "p32", "p16", "p8-stc")}),
 }
 
 
@@ -80,7 +82,8 @@ def main():
     note = "; FID and IS are those of another network than Inception" if foreign else ""
     for name in [name for name in TABLES if name.split(",")[0] == table]:
         columns, rows = TABLES[name]
-        print(f"\nTable {name}: measured (the paper's){note}\n")
+        title = "Figure 8: measured" if name == "figure8" else f"Table {name}: measured (the paper's)"
+        print(f"\n{title}{note}\n")
         print(f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
         for row, paper in rows.items():
             measured = results(row)
