@@ -56,7 +56,7 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.requires_grad:
-            # the fused kernel's backward takes twice to ten times as long there as that of what it stands for
+            # the fused kernel's backward takes up to ten times as long there as that of what it stands for
             x = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
         else:
             x = F.scaled_dot_product_attention(q, k, v)  # softmax(q kᵀ / √(D / heads)) v

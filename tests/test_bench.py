@@ -1,0 +1,123 @@
+"""bench.py: that it counts what it says, that what it calls plain is the same computation, and that it runs."""
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import bench
+import runtime
+import train_dit
+import train_tokenizer
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+TINY = """
+data_dir = "shapes"
+image_size, patch_size, downsample, latent_channels = 16, 4, 8, 4
+encoder = decoder = "32/2/2"
+stc_depth, lpips_weight, prototypes, head_hidden = 1, 0.0, 32, 32
+global_crop_size, local_crop_size, local_crops = 16, 8, 2
+batch_size, shapes_images, workers, epochs, val_images = 8, 800, 0, 1, 8
+warmup_epochs, freeze_prototypes_epochs, stats_images = 0.0, 0.0, 8
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """Configurations so small that every table takes seconds; the scripts' constants are put back afterwards."""
+    joint, dit, finetune = (tmp_path / f"{name}.py" for name in ("joint", "dit", "finetune"))
+    joint.write_text(TINY)
+    dit.write_text('size, batch_size = "32/2/2", 8')
+    finetune.write_text('ssl_method, adversarial_weight, discriminator_size = "none", 0.5, "32/4/2"\n'
+                        "discriminator_input, discriminator_start, adversarial_start = 32, 0.0, 0.1")
+    monkeypatch.setattr(bench, "CONFIGS", {"shapes": {"joint": [joint], "finetune": [joint, finetune], "dit": [dit]}})
+    monkeypatch.setattr(bench, "sizes", "shapes")
+    monkeypatch.setattr(bench, "repeats", 1)
+    kept = {module: dict(vars(module)) for module in (train_tokenizer, train_dit)}
+    yield
+    for module, values in kept.items():
+        vars(module).update(values)
+
+
+def test_products_are_counted_with_their_operations():
+    """A linear layer, a convolution and attention, forwards and backwards, against the products written out."""
+    x, weight = torch.randn(5, 7, requires_grad=True), torch.randn(3, 7, requires_grad=True)
+    with bench.Products() as products:
+        F.linear(x, weight).sum().backward()
+    assert products.operations == 3 * 2 * 5 * 7 * 3  # forwards, to x, to the weight
+
+    image, kernel = torch.randn(2, 4, 9, 9, requires_grad=True), torch.randn(6, 4, 3, 3, requires_grad=True)
+    with bench.Products() as products:
+        F.conv2d(image, kernel).sum().backward()
+    assert products.operations == 3 * 2 * 2 * 6 * 7 * 7 * 4 * 9
+
+    q, k, v = torch.randn(3, 2, 4, 10, 8)
+    with bench.Products() as products:
+        F.scaled_dot_product_attention(q, k, v)
+    assert products.operations == 2 * 2 * 2 * 4 * 10 * 10 * 8
+
+
+def test_products_alone_take_the_time_of_the_product():
+    """Of a step that is one product: the bare time is the step's own, within the noise of a busy machine."""
+    a, b = torch.randn(2, 512, 512)
+    with bench.Products() as products:
+        for _ in range(4):
+            a @ b
+    assert list(products.calls.values()) == [4]  # equal calls are timed once
+    alone, step = products.seconds(CPU), bench.medians({"": lambda: [a @ b for _ in range(4)]}, CPU)[""]
+    assert 0.2 < alone / step < 5
+
+
+def test_rebuilt_tensors_are_like_the_described_ones():
+    value = (torch.zeros(4, 6).T, [torch.zeros(2, dtype=torch.bfloat16), 3], None, "same")
+    first, (second, three), nothing, word = bench.rebuild(bench.describe(value), CPU)
+    assert first.shape == (6, 4) and first.stride() == (1, 6)
+    assert second.dtype == torch.bfloat16 and (three, nothing, word) == (3, None, "same")
+
+
+def test_the_plain_step_is_the_same_computation(tiny):
+    """Head and loss on all tokens, the masked ones weighted, give the loss of the masked tokens alone."""
+    processes = runtime.Processes("cpu", "float32")
+    seen = []
+    for plain in False, True:
+        bench.configure(train_tokenizer, bench.CONFIGS["shapes"]["joint"])
+        original = train_tokenizer.losses
+
+        def losses(*arguments):
+            loss, terms = original(*arguments)
+            seen.append(terms)
+            return loss, terms
+
+        train_tokenizer.losses = losses
+        bench.tokenizer_step(8, processes, plain)[0]()
+    ours, plain = seen
+    assert ours["mim"] > 0
+    for name in "loss", "l1", "cls", "mim":
+        assert math.isclose(ours[name], plain[name], rel_tol=1e-5), name
+
+
+def test_steps_table(tiny, capsys):
+    """Every stage is measured; nothing is missing or not a number."""
+    bench.show_steps(runtime.Processes("cpu", "float32"))
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
+    assert [cells[0] for cells in rows] == ["tokenizer, joint", "tokenizer, finetuning", "generator", "encode", "decode",
+                                            "sampling, one guided step"]
+    for cells in rows:
+        assert float(cells[2]) > 0 and float(cells[4]) > 0
+    assert all(float(cells[7]) > 0 for cells in rows[:3])
+
+
+def test_run_table(tiny, capsys):
+    """It starts the real script and reads its log."""
+    bench.show_run()
+    out = capsys.readouterr().out
+    assert "first step after" in out and "waiting for data" in out
+
+
+def test_unknown_table_names_the_constant():
+    done = subprocess.run([sys.executable, ROOT / "bench.py", "--only=speed"], capture_output=True, text=True)
+    assert done.returncode == 1 and "only='speed'" in done.stderr and len(done.stderr.splitlines()) == 1
