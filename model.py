@@ -460,13 +460,13 @@ class BatchStatistics(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(width, 1)), nn.Parameter(torch.zeros(width, 1))
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
 
     def forward(self, x):
-        groups = x.float().unflatten(0, (-1, 8 if len(x) % 8 == 0 else len(x)))  # (G, 8, D, N)
-        var, mean = torch.var_mean(groups, dim=(1, 3), correction=0, keepdim=True)
-        x = ((groups - mean) * torch.rsqrt(var + 1e-5)).flatten(0, 1)
-        return x * self.weight + self.bias
+        x = x.float().unflatten(0, (-1, 8 if len(x) % 8 == 0 else len(x))).transpose(0, 1)  # (8, G, D, N)
+        G = x.shape[1]
+        x = F.batch_norm(x.flatten(1, 2), None, None, self.weight.repeat(G), self.bias.repeat(G), training=True)
+        return x.unflatten(1, (G, -1)).transpose(0, 1).flatten(0, 1)  # (8, G D, N) -> (B, D, N)
 
 
 class DiscriminatorHead(nn.Module):
