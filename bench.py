@@ -1,7 +1,7 @@
 """How fast every stage runs here, and how fast it could: one process, one device, medians after warm-up.
 
     python bench.py                          # on a CPU the sizes of config/shapes_*.py, on a GPU the paper's
-    python bench.py --sizes=paper            # the paper's anywhere
+    python bench.py --sizes=paper --batch_size=2    # the paper's on a CPU
     python bench.py --only=data,tokens       # some of the tables
 
 steps     every training step, encoding, decoding and sampling: images/s, TFLOP/s by our own count, that as a share of
@@ -12,8 +12,9 @@ tokens    what the method is about: time and memory of S–S at p = 64 … 8 wit
 data      decoding, crops, augmentation and masks of 500 × 375 px JPEGs per core, beside torchvision's transforms
 run       a real train_tokenizer.py: seconds to its first step, and the share of time that it waits for data
 
-Operations are counted as costs.py counts them: two per multiply-add, attention included. Nothing is downloaded: LPIPS
-and the discriminator have random weights, which take as long. docs/speed.md tells what was measured and tried.
+Operations: two per multiply-add, attention included, with the product that fused attention does again on its way back.
+On CUDA float32 is TF32, and what is written plainly is not compiled. Nothing is downloaded: LPIPS and the discriminator
+have random weights, which take as long. docs/speed.md tells what was measured and tried.
 """
 import collections
 import copy
@@ -21,10 +22,12 @@ import ctypes
 import importlib
 import itertools
 import json
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +52,7 @@ device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
 compile = True  # torch.compile the transformer blocks, on CUDA
 
-HERE = Path(__file__).parent
+HERE, CPU = Path(__file__).parent, torch.device("cpu")
 CONFIGS = {"shapes": {"joint": ["shapes_tokenizer.py"], "finetune": ["shapes_tokenizer.py", "cifar10_finetune.py"],
                       "dit": ["shapes_dit.py"]},
            "paper": {"joint": [], "finetune": ["finetune_decoder.py"], "dit": []}}  # config files of each stage
@@ -96,8 +99,11 @@ def peak_memory(function, on):
     def resident(name):
         return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1e3
 
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, or it would count as there before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, or it would count as there before
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten
+    except (OSError, AttributeError):  # some containers forbid it, musl has no malloc_trim
+        return float("nan")
     before = resident("VmRSS")
     function()
     return resident("VmHWM") - before
@@ -119,12 +125,13 @@ class Products(TorchDispatchMode):
         return out
 
     def seconds(self, on):
-        """What all of them take when each is run alone, on tensors like its own."""
+        """What all of them take when each is run alone, on tensors like its own; with what it takes to launch them."""
         total = 0.0
         for (op, args, kwargs), times in self.calls.items():
             args, kwargs = rebuild(args, on), dict(rebuild(kwargs, on))
             call = lambda: op(*args, **kwargs)
-            enough = max(1, min(20, int(0.01 / seconds(call, on))))  # calls per measurement: 10 ms or so
+            call()
+            enough = max(1, min(1000, int(0.005 / seconds(call, on))))  # calls per measurement: 5 ms or so
             total += times * sorted(seconds(call, on, enough) for _ in range(5))[2]
         return total
 
@@ -194,7 +201,7 @@ def tokenizer_step(images, processes, plain=False):
     adversary = perceptual = None
     if stage1.adversarial_weight:
         tcae.requires_grad_(False).decoder.requires_grad_(True)
-        adversary = stage1.Adversary(tcae.decoder.head.weight, processes)
+        adversary, averaged = stage1.Adversary(tcae.decoder.head.weight, processes), copy.deepcopy(tcae.decoder)
     if stage1.lpips_weight:
         import lpips
         perceptual = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
@@ -219,6 +226,7 @@ def tokenizer_step(images, processes, plain=False):
             ssl.update_teacher(teachers, student, stage1.teacher_momentum)
         if adversary:
             adversary.step(stage1.learning_rate)
+            ssl.update_teacher(list(averaged.parameters()), list(tcae.decoder.parameters()), stage1.decoder_ema)
 
     return step, [module for module in (model, teacher, adversary and adversary.network) if module]
 
@@ -354,7 +362,9 @@ def show_steps(processes):
             f"{peak_memory(step, on):.0f}")
         if on.type == "cuda":
             torch.cuda.set_sync_debug_mode("warn")  # names every line that makes the host wait for the GPU
-            step()
+            with warnings.catch_warnings():
+                warnings.simplefilter("always")
+                step()
             torch.cuda.set_sync_debug_mode("default")
 
     joint, finetune = CONFIGS[sizes]["joint"], CONFIGS[sizes]["finetune"]
@@ -405,7 +415,7 @@ def show_data():
             ours, epochs = data.Augmented(source, views, seed=0), itertools.count()
             times = medians({"ours": lambda: [ours[next(epochs), i] for i in range(count)],  # other crops every time
                              "theirs": lambda: [theirs(Image.open(path).convert("RGB")) for path in source.paths]},
-                            torch.device("cpu"))
+                            CPU)
         row(f"{width} × {height} px", *(f"{time / count * 1e3:.1f}" for time in times.values()),
             f"{count / times['ours']:.0f}", f"{times['theirs'] / times['ours']:.2f}")
     torch.set_num_threads(threads)
@@ -413,30 +423,33 @@ def show_data():
 
 def show_run():
     """Of the run itself, from its log. The paper's sizes are given JPEG files, the others the shapes."""
+    script = [sys.executable, str(HERE / "train_tokenizer.py")]
+    help_time = seconds(lambda: subprocess.run([*script, "--help"], stdout=subprocess.DEVNULL, check=True), CPU)
     with tempfile.TemporaryDirectory() as folder:
         arguments = [*(str(HERE / "config" / file) for file in CONFIGS[sizes]["joint"]), f"--out_dir={folder}/out",
-                     f"--device={device}", "--log_every=1", "--lpips_weight=0"]
+                     f"--device={device}", f"--dtype={dtype}", f"--compile={compile}", "--log_every=1",
+                     "--lpips_weight=0"]
         if sizes == "paper":
             for split in "train", "val":
                 write_photographs(f"{folder}/{split}", 256, 500, 375)
-            arguments += [f"--data_dir={folder}", f"--batch_size={images_per_step(stage1)}"]
-        start, log, lines = time.perf_counter(), Path(folder, "out", "log.jsonl"), []
-        process = subprocess.Popen([sys.executable, HERE / "train_tokenizer.py", *arguments], stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)
-        first = None
-        while process.poll() is None and len(lines) < 60:
+            arguments += [f"--data_dir={folder}"]
+        if batch_size or sizes == "paper":
+            arguments += [f"--batch_size={images_per_step(stage1)}"]
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the run needs the memory
+        start, log, lines, first = time.perf_counter(), Path(folder, "out", "log.jsonl"), [], None
+        run = subprocess.Popen([*script, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while run.poll() is None and len(lines) < 60:
             time.sleep(0.05)
             lines = log.read_text().splitlines() if log.exists() else []
             first = first or (time.perf_counter() - start if lines else None)
-        process.kill()
-        process.wait()
-        check(len(lines) > 20, f"train_tokenizer.py ended after {len(lines)} steps: run it by itself to see why")
-        steps = [json.loads(line) for line in lines[10:]]
-        spent = sum(step["seconds"] for step in steps)
-    start = time.perf_counter()
-    subprocess.run([sys.executable, HERE / "train_tokenizer.py", "--help"], stdout=subprocess.DEVNULL, check=True)
+        run.kill()
+        run.wait()
+    steps = [step for step in map(json.loads, lines[10:60]) if "waiting" in step]  # the first ones warm up
+    check(steps, f"train_tokenizer.py ended after {len(lines)} steps; to see why: {' '.join(script + arguments)}")
+    spent = sum(step["seconds"] for step in steps)
     heading("train_tokenizer.py", "")
-    row("--help", f"{time.perf_counter() - start:.1f} s")
+    row("--help", f"{help_time:.1f} s")
     row("first step after", f"{first:.1f} s")
     row("images/s", f"{sum(step['seconds'] * step['images_per_second'] for step in steps) / spent:.0f}")
     row("waiting for data", f"{sum(step['waiting'] * step['seconds'] for step in steps) / spent:.1%} of the time")
@@ -451,6 +464,7 @@ def main():
     check(sizes in ("auto", *CONFIGS), f"sizes={sizes!r}: it is auto, {' or '.join(CONFIGS)}")
     check(repeats > 0, f"repeats={repeats} must be at least 1")
     processes = runtime.Processes(device, dtype)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to save
     sizes = {"auto": "paper" if processes.device.type == "cuda" else "shapes"}.get(sizes, sizes)
     print(f"PyTorch {torch.__version__}, sizes={sizes}")
     for name in only.split(","):

@@ -5,7 +5,7 @@
 Operations are counted on the networks themselves, on images of 256 px: two per multiply-add of matrix products,
 convolutions and attention; norms, activations and the optimizer are left out. Training counts three forwards for what
 is trained (one forward, two backward), two for what is frozen but passed on the way back, and one for what is only run.
-Nothing is computed with real numbers: all tensors are on PyTorch's meta device, so this takes seconds and no memory.
+Nothing is computed with real numbers: all tensors are on PyTorch's meta device, so this takes a minute and no memory.
 """
 import sys
 from pathlib import Path

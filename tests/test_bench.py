@@ -1,5 +1,6 @@
 """bench.py: that it counts what it says, that what it calls plain is the same computation, and that it runs."""
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,6 @@ import train_dit
 import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
-CPU = torch.device("cpu")
 TINY = """
 data_dir = "shapes"
 image_size, patch_size, downsample, latent_channels = 16, 4, 8, 4
@@ -68,14 +68,16 @@ def test_products_alone_take_the_time_of_the_product():
         for _ in range(4):
             a @ b
     assert list(products.calls.values()) == [4]  # equal calls are timed once
-    alone, step = products.seconds(CPU), bench.medians({"": lambda: [a @ b for _ in range(4)]}, CPU)[""]
+    alone, step = products.seconds(bench.CPU), bench.medians({"": lambda: [a @ b for _ in range(4)]}, bench.CPU)[""]
     assert 0.2 < alone / step < 5
 
 
 def test_rebuilt_tensors_are_like_the_described_ones():
     value = (torch.zeros(4, 6).T, [torch.zeros(2, dtype=torch.bfloat16), 3], None, "same")
-    first, (second, three), nothing, word = bench.rebuild(bench.describe(value), CPU)
+    first, (second, three), nothing, word = bench.rebuild(bench.describe(value), bench.CPU)
     assert first.shape == (6, 4) and first.stride() == (1, 6)
+    seed = bench.rebuild(bench.describe(torch.zeros((), dtype=torch.int64)), bench.CPU)
+    assert seed.shape == () and seed.dtype == torch.int64  # such as fused attention takes
     assert second.dtype == torch.bfloat16 and (three, nothing, word) == (3, None, "same")
 
 
@@ -100,9 +102,10 @@ def test_the_plain_step_is_the_same_computation(tiny):
         assert math.isclose(ours[name], plain[name], rel_tol=1e-5), name
 
 
-def test_steps_table(tiny, capsys):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_steps_table(tiny, capsys, dtype):
     """Every stage is measured; nothing is missing or not a number."""
-    bench.show_steps(runtime.Processes("cpu", "float32"))
+    bench.show_steps(runtime.Processes("cpu", dtype))
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
     assert [cells[0] for cells in rows] == ["tokenizer, joint", "tokenizer, finetuning", "generator", "encode", "decode",
                                             "sampling, one guided step"]
@@ -115,7 +118,9 @@ def test_run_table(tiny, capsys):
     """It starts the real script and reads its log."""
     bench.show_run()
     out = capsys.readouterr().out
-    assert "first step after" in out and "waiting for data" in out
+    cells = dict(re.findall(r"^\| (.+) \| (.+) \|$", out, re.MULTILINE))
+    assert 0 < float(cells["--help"].split()[0]) and 0 < float(cells["first step after"].split()[0]) < 120
+    assert 0 <= float(cells["waiting for data"].split("%")[0]) <= 100 and float(cells["images/s"]) > 0
 
 
 def test_unknown_table_names_the_constant():

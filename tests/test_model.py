@@ -100,6 +100,38 @@ def test_attention_equals_its_formula():
     torch.testing.assert_close(attention(x).double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("width", [32, 64])
+def test_attention_in_bfloat16_on_a_cpu_is_attention(width):
+    """Where it is trained there it is written out; with the same numbers as PyTorch's own in float64, up to rounding."""
+    torch.manual_seed(0)
+    attention, reference = Attention(2 * width, 2), Attention(2 * width, 2).double()
+    reference.load_state_dict(attention.state_dict())
+    x, weights = torch.randn(3, 40, 2 * width), torch.randn(3, 40, 2 * width)
+    exact = x.double().requires_grad_()
+    (reference(exact) * weights).sum().backward()
+    rough = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = attention(rough)
+        with torch.no_grad():
+            torch.testing.assert_close(attention(x).double(), reference(x.double()), rtol=0.05, atol=0.02)
+    assert "SoftmaxBackward" in graph(trained)
+    (trained * weights).sum().backward()
+    torch.testing.assert_close(trained.double(), reference(x.double()), rtol=0.05, atol=0.02)
+    for ours, theirs in [(rough.grad, exact.grad), *((p.grad, q.grad) for p, q in zip(attention.parameters(),
+                                                                                  reference.parameters()))]:
+        assert (ours.double() - theirs).norm() < 0.02 * theirs.norm()
+
+
+def graph(tensor):
+    """The names of all steps that a tensor was made by."""
+    names, todo = "", [tensor.grad_fn]
+    while todo:
+        step = todo.pop()
+        names += type(step).__name__ + " "
+        todo += [earlier for earlier, _ in step.next_functions if earlier]
+    return names
+
+
 def test_block_equals_timm_s():
     """With the same weights, under the same names: what is known about ViTs holds for ours."""
     torch.manual_seed(0)
