@@ -218,7 +218,9 @@ class Processes:
             self.torch.distributed.barrier()
 
     def close(self):
+        """All leave together: one that is gone while the first still draws or measures looks like a failure."""
         if self.count > 1:
+            self.wait()
             self.torch.distributed.destroy_process_group()
 
 
