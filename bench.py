@@ -41,7 +41,7 @@ import runtime
 import ssl
 import train_dit as stage2
 import train_tokenizer as stage1
-from model import Block, DiTBlock, JointTokenizer, LightningDiT, TCAE, flow_matching_loss, guided, sample_flow
+from model import JointTokenizer, LightningDiT, TCAE, compile_blocks, flow_matching_loss, guided, sample_flow
 from runtime import check
 
 only = "steps,tokens,data,run"  # which tables
@@ -109,6 +109,24 @@ def peak_memory(function, on):
     return resident("VmHWM") - before
 
 
+Like = collections.namedtuple("Like", "shape stride dtype")
+
+
+def describe(value):
+    """Arguments, hashable, with a Like in place of every tensor."""
+    if isinstance(value, torch.Tensor):
+        return Like(tuple(value.shape), value.stride(), value.dtype)
+    return tuple(describe(each) for each in value) if isinstance(value, (list, tuple)) else value
+
+
+def rebuild(value, on):
+    """The reverse: a Like becomes a tensor of random numbers."""
+    if isinstance(value, Like):
+        count = 1 + sum((n - 1) * stride for n, stride in zip(value.shape, value.stride))
+        return torch.randn(count, device=on).to(value.dtype).as_strided(value.shape, value.stride)
+    return [rebuild(each, on) for each in value] if isinstance(value, tuple) else value
+
+
 class Products(TorchDispatchMode):
     """Within it, every matrix product, convolution and attention kernel is counted, {call: times}, with the shapes,
     strides and types of its tensors; `operations` is the sum of theirs, two per multiply-add."""
@@ -136,24 +154,6 @@ class Products(TorchDispatchMode):
         return total
 
 
-Like = collections.namedtuple("Like", "shape stride dtype")
-
-
-def describe(value):
-    """Arguments, hashable, with a Like in place of every tensor."""
-    if isinstance(value, torch.Tensor):
-        return Like(tuple(value.shape), value.stride(), value.dtype)
-    return tuple(describe(each) for each in value) if isinstance(value, (list, tuple)) else value
-
-
-def rebuild(value, on):
-    """The reverse: a Like becomes a tensor of random numbers."""
-    if isinstance(value, Like):
-        count = 1 + sum((n - 1) * stride for n, stride in zip(value.shape, value.stride))
-        return torch.randn(count, device=on).to(value.dtype).as_strided(value.shape, value.stride)
-    return [rebuild(each, on) for each in value] if isinstance(value, tuple) else value
-
-
 def large_product(on, dtype):
     """TFLOP/s of a plain product of large square matrices."""
     n = 8192 if on.type == "cuda" else 2048
@@ -173,16 +173,6 @@ def configure(script, files, *arguments):
 
 def images_per_step(script):
     return batch_size or (script.batch_size // 8 if sizes == "paper" else script.batch_size)
-
-
-def compile_blocks(*modules):
-    """As the training scripts do."""
-    if compile and next(modules[0].parameters()).device.type == "cuda":
-        torch._dynamo.config.cache_size_limit = 64
-        for module in modules:
-            for block in module.modules():
-                if isinstance(block, (Block, DiTBlock)):
-                    block.compile(dynamic=False)
 
 
 def with_all_tokens(views):
@@ -354,7 +344,8 @@ def show_steps(processes):
     def measure(name, images, step, modules, plain=None):
         with Products() as products:  # before compiling: what is inside compiled code can't be seen
             step()
-        compile_blocks(*modules)
+        if compile and on.type == "cuda":
+            compile_blocks(*modules)
         times = medians({"ours": step, "plain": plain or (lambda: None)}, on)
         ours, rate = times["ours"], products.operations / times["ours"] / 1e12
         row(name, images, f"{ours * 1e3:.1f}", f"{images / ours:.0f}", f"{rate:.3g}", f"{rate / fastest:.0%}",
@@ -390,7 +381,8 @@ def show_tokens(processes):
         configure(stage1, [], f"--patch_size={p}", f"--stc_depth={depth}", "--lpips_weight=0", *crops)
         encode, _, modules = coding(4 * images, processes)
         step, more = tokenizer_step(images, processes)
-        compile_blocks(*modules, *more)
+        if compile and on.type == "cuda":
+            compile_blocks(*modules, *more)
         steps[p, depth] = encode, step
     encoding, joint = (medians({key: pair[k] for key, pair in steps.items()}, on) for k in (0, 1))
     heading("p", "M", "tokens", "encoding, ms/image", "of p = 8's", "joint step, ms/image", "of p = 8's", "MB")
@@ -401,6 +393,7 @@ def show_tokens(processes):
 
 
 def show_data():
+    """With the paper's views, whatever the sizes of the other tables; 2000 × 1500 px shows JPEG's draft mode."""
     heading("JPEG files", "ours, ms/image", "torchvision's", "ours, images/s per core", "× torchvision")
     threads, count = torch.get_num_threads(), 8
     torch.set_num_threads(1)  # as in a loading worker

@@ -1,6 +1,6 @@
 """Every network with parameters, in the order in which an image meets them.
 
-    Attention, MLP, Block          the transformer, as in ViT (pre-norm)
+    Attention, MLP, Block          the transformer, as in ViT (pre-norm); compile_blocks for CUDA
     Encoder                        patches -> M blocks -> 2 x 2 tokens become 1 -> the other blocks -> image tokens
     Bottleneck                     image tokens -> latent: pixel shuffle, then an MLP
     Decoder                        the mirror image of both
@@ -56,7 +56,7 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.requires_grad:
-            # the fused kernel's backward takes up to ten times as long there as that of what it stands for
+            # the fused kernel's backward is up to ten times slower there than this line's
             x = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
         else:
             x = F.scaled_dot_product_attention(q, k, v)  # softmax(q kᵀ / √(D / heads)) v
@@ -111,6 +111,15 @@ def init_weights(module):
         nn.init.kaiming_normal_(module.fc2.weight, nonlinearity="relu")
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.zeros_(module.bias)
+
+
+def compile_blocks(*networks):
+    """torch.compile for every transformer block in these networks, each by itself: all of one shape share the result."""
+    torch._dynamo.config.cache_size_limit = 64  # one version per crop size, with and without gradient
+    for network in networks:
+        for module in network.modules():
+            if isinstance(module, (Block, DiTBlock)):
+                module.compile(dynamic=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import data
 import runtime
-from model import DiTBlock, LightningDiT, TCAE, flow_matching_loss, guided, sample_flow, shift_time
+from model import LightningDiT, TCAE, compile_blocks, flow_matching_loss, guided, sample_flow, shift_time
 from runtime import check
 
 # Data
@@ -282,9 +282,7 @@ def main():
                 "optimizer": optimizer.state_dict()})
 
     if compile and on.type == "cuda":
-        for module in [*model.modules(), *ema.modules()]:
-            if isinstance(module, DiTBlock):
-                module.compile(dynamic=False)
+        compile_blocks(model, ema)
     trained, averaged = list(model.parameters()), list(ema.parameters())
     wrapped = processes.distribute(model)
 

@@ -22,7 +22,8 @@ from tqdm import tqdm
 import data
 import runtime
 import ssl  # ours: see its docstring
-from model import DINO, Block, Discriminator, IBOTHead, JointTokenizer, TCAE, augment_differentiably, ssl_logits
+from model import (DINO, Discriminator, IBOTHead, JointTokenizer, TCAE, augment_differentiably, compile_blocks,
+                   ssl_logits)
 from runtime import check
 
 # Data
@@ -457,11 +458,7 @@ def main():
                    if ibot else {})})
 
     if compile and on.type == "cuda":
-        torch._dynamo.config.cache_size_limit = 64  # one version per crop size, with and without gradient
-        for network in filter(None, (model, teacher, adversary and adversary.network)):
-            for module in network.modules():
-                if isinstance(module, Block):
-                    module.compile(dynamic=False)
+        compile_blocks(*filter(None, (model, teacher, adversary and adversary.network)))
     student = [*tcae.encoder.parameters(), *heads.parameters()] if ibot else []
     teachers = [*teacher["encoder"].parameters(), *teacher["heads"].parameters()] if ibot else []
     model = processes.distribute(model)

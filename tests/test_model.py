@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block as TimmBlock
 
 import model
-from model import TCAE, Attention, Block, Encoder, IBOTHead, patchify, position_embedding, regrid, to_map, to_tokens
+from model import (DINO, TCAE, Attention, Block, DiTBlock, Encoder, IBOTHead, LightningDiT, compile_blocks, patchify,
+                   position_embedding, regrid, to_map, to_tokens)
 
 SMALL = dict(image_size=32, patch_size=4, downsample=8, latent_channels=6, encoder="32/2/2", decoder="32/2/2",
              stc_depth=1)
@@ -130,6 +131,16 @@ def graph(tensor):
         names += type(step).__name__ + " "
         todo += [earlier for earlier, _ in step.next_functions if earlier]
     return names
+
+
+def test_compiling_reaches_every_block_and_nothing_else(monkeypatch):
+    """The tokenizer's, the discriminator's and the generator's, each once; recorded, since compiling takes minutes."""
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(self))
+    networks = (TCAE(32, 4, 8, 8, "16/3/2", "16/2/2", 1), DINO("16/4/2", input_size=16), LightningDiT("16/2/2", 8, 4, 3))
+    compile_blocks(*networks)
+    assert [type(block) for block in compiled] == [Block] * (3 + 2 + 4) + [DiTBlock] * 2
+    assert len(set(map(id, compiled))) == len(compiled)
 
 
 def test_block_equals_timm_s():
