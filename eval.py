@@ -7,7 +7,7 @@
 
 Reconstruction: rFID, PSNR, SSIM, LPIPS. Generation: gFID, IS. Linear probes as in Table 1: a linear classifier on
 average-pooled image tokens (accuracy R_tok), the same on average-pooled latents (R_lat), and the structure loss,
-1 - R_lat / R_tok.
+1 - R_lat / R_tok; and, as DINOv2 is measured, one on [CLS] beside the pooled tokens.
 Prints a table and writes it to eval.json, beside the checkpoint or the samples.
 """
 import json
@@ -459,28 +459,35 @@ class Rows:
 
 
 class PooledFeatures:
-    """Of every image: average-pooled tokens (D,), average-pooled latents (c,), and the label."""
+    """Of every image: average-pooled tokens and [CLS] (2 D,), average-pooled latents (c,), and the label."""
 
     def __init__(self, source, tcae):
         self.classes, self.source_labels = len(source.classes), torch.tensor(source.labels)
         self.labels = [self.source_labels[:0]]
-        self.tokens, self.latents = Rows(tcae.encoder.width), Rows(len(tcae.latent_mean))
+        self.width = tcae.encoder.width
+        self.tokens, self.latents = Rows(2 * self.width), Rows(len(tcae.latent_mean))
 
-    def add(self, tokens, z, indices):
-        self.tokens.append(tokens.float().mean(1))
+    def add(self, cls, tokens, z, indices):
+        self.tokens.append(torch.cat([tokens.float().mean(1), cls.float()], dim=1))
         self.latents.append(z.mean((2, 3)))
         self.labels.append(self.source_labels[indices])
+
+    def inputs(self):
+        """Of each probe, its inputs (N, ...) by name."""
+        tokens = self.tokens.array()
+        return {"tokens": tokens[:, :self.width], "[CLS] and tokens": tokens, "latents": self.latents.array()}
 
     def count(self, processes):
         return int(processes.sum(torch.tensor(float(sum(map(len, self.labels))))))
 
 
-def probe_both(train, val, processes):
-    """Table 1's row for two PooledFeatures."""
-    before, after = (probe(getattr(train, name).array(), torch.cat(train.labels), getattr(val, name).array(),
-                           torch.cat(val.labels), train.classes, processes) for name in ("tokens", "latents"))
-    lost = 1 - after / before if before else None
-    return {"probe on tokens": before, "probe on latents": after, "structure loss": lost}
+def probes(train, val, processes):
+    """Table 1's row, and the one probe more, for two PooledFeatures."""
+    of_train, of_val = train.inputs(), val.inputs()
+    found = {f"probe on {name}": probe(of_train[name], torch.cat(train.labels), of_val[name], torch.cat(val.labels),
+                                       train.classes, processes) for name in of_train}
+    before, after = found["probe on tokens"], found["probe on latents"]
+    return {**found, "structure loss": 1 - after / before if before else None}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -545,10 +552,10 @@ def evaluate_tokenizer(processes):
     if network:
         originals, reconstructions = (FeatureSums(network, len(val), on) for _ in range(2))
     for pixels, indices in cropped(val, "data_dir", size, processes, val_images, "validation images"):
-        tokens, z = encode(pixels)
+        cls, tokens, z = encode(pixels)
         with processes.autocast():
             reconstruction = data.to_uint8(tcae.decode(z)).cpu()
-        of_val.add(tokens, z, indices)
+        of_val.add(cls, tokens, z, indices)
         pairs.add(pixels, reconstruction)
         if network:
             originals.add(pixels, indices)
@@ -560,7 +567,7 @@ def evaluate_tokenizer(processes):
     rfid = distance_between(originals, reconstructions, processes) if network else None
     about = (f"{tokenizer}: reconstructions of {count} images of {where}, {size} px; probes fitted on "
              f"{of_train.count(processes)} training images")
-    return about, {by_whom("rFID"): rfid, **means, **probe_both(of_train, of_val, processes)}
+    return about, {by_whom("rFID"): rfid, **means, **probes(of_train, of_val, processes)}
 
 
 @torch.no_grad()

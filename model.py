@@ -336,14 +336,14 @@ class TCAE(nn.Module):
 
     def encode(self, images):
         """Images (B, 3, H, W) in [-1, 1] -> z (B, c, H / f, W / f), zero mean and unit variance per channel."""
-        return self.encode_with_tokens(images)[1]
+        return self.encode_with_tokens(images)[2]
 
     def encode_with_tokens(self, images):
-        """The same -> the encoder's image tokens (B, h w, D), and z."""
-        _, tokens = self.encoder(images)
+        """The same -> the encoder's [CLS] (B, D) and image tokens (B, h w, D), and z."""
+        cls, tokens = self.encoder(images)
         height, width = images.shape[2] // self.encoder.output_patch, images.shape[3] // self.encoder.output_patch
         z = self.bottleneck(tokens, height, width).float()
-        return tokens, (z - self.latent_mean) / self.latent_std
+        return cls, tokens, (z - self.latent_mean) / self.latent_std
 
     def decode(self, z):
         """z (B, c, H / f, W / f) as `encode` gives it -> images (B, 3, H, W), [-1, 1] but not clipped to it."""

@@ -32,7 +32,7 @@ from test_train_tokenizer import arguments
 CLOSED = {**dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9"),
           "no_proxy": "", "NO_PROXY": ""}  # the environment of a machine without network
 CPU = torch.device("cpu")
-PROBES = {"probe on tokens", "probe on latents", "structure loss"}
+PROBES = {"probe on tokens", "probe on [CLS] and tokens", "probe on latents", "structure loss"}
 
 
 def pictures(count, size=32, seed=0):
@@ -624,6 +624,27 @@ def gaussian_pair(count):
     torch.manual_seed(0)
     labels = torch.randint(0, 2, (count,))
     return torch.randn(count, 4) + (2 * labels[:, None] - 1) * torch.tensor([1.0, 0, 0, 0]), labels
+
+
+def test_each_probe_sees_what_it_is_named_after():
+    """What [CLS] alone knows is found by the probe on [CLS] and tokens, what latents alone know by theirs."""
+    rng, labels = torch.Generator().manual_seed(0), torch.arange(400) % 2
+    sign, width = 2.0 * labels - 1, 4
+    source, tcae = Mock(classes=["a", "b"], labels=labels.tolist()), Mock(latent_mean=torch.zeros(3, 1, 1))
+    tcae.encoder.width = width
+
+    def features(cls, latents):
+        """Noise, with the label in one of the two."""
+        pooled = stage4.PooledFeatures(source, tcae)
+        pooled.add(torch.randn(400, width, generator=rng) + 9 * cls * sign[:, None],
+                   torch.randn(400, 9, width, generator=rng),
+                   torch.randn(400, 3, 2, 2, generator=rng) + 9 * latents * sign[:, None, None, None], np.arange(400))
+        return pooled
+
+    for where, knows in (dict(cls=1, latents=0), "[CLS] and tokens"), (dict(cls=0, latents=1), "latents"):
+        found = stage4.probes(features(**where), features(**where), process())
+        assert found.pop(f"probe on {knows}") == 1 and found.pop("structure loss") is not None
+        assert len(found) == 2 and all(0.35 < accuracy < 0.65 for accuracy in found.values())
 
 
 def test_probe_finds_what_is_linearly_there():
