@@ -4,7 +4,7 @@
     python bench.py --sizes=paper --batch_size=2    # the paper's on a CPU
     python bench.py --only=data,tokens       # some of the tables
 
-steps     every training step, encoding, decoding and sampling: images/s, TFLOP/s by our own count, that as a share of
+steps     every training step, encoding, decoding and sampling: images/s, TFLOP/s by PyTorch's count, that as a share of
           what a large matrix product reaches here; `products`: the share of the time that the step's own products and
           convolutions take when each is run alone; `× plain`: how much longer the step takes written plainly, in
           float32, the patch head on all tokens; and memory
@@ -195,7 +195,7 @@ def tokenizer_step(images, processes, plain=False):
     if stage1.lpips_weight:
         import lpips
         perceptual = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
-        perceptual.to(on).requires_grad_(False)
+        runtime.lpips_in_autocast(perceptual.to(on).requires_grad_(False), processes)
     model = JointTokenizer(tcae, heads, multi_crop and multi_crop.masks)
     optimizer = stage1.build_optimizer(model, on)
     student = [*tcae.encoder.parameters(), *heads.parameters()] if joint else []
@@ -213,10 +213,10 @@ def tokenizer_step(images, processes, plain=False):
         optimizer.zero_grad()
         if joint:
             ibot.update_centers()
-            ssl.update_teacher(teachers, student, stage1.teacher_momentum)
+            runtime.update_average(teachers, student, stage1.teacher_momentum)
         if adversary:
             adversary.step(stage1.learning_rate)
-            ssl.update_teacher(list(averaged.parameters()), list(tcae.decoder.parameters()), stage1.decoder_ema)
+            runtime.update_average(list(averaged.parameters()), list(tcae.decoder.parameters()), stage1.decoder_ema)
 
     return step, [module for module in (model, teacher, adversary and adversary.network) if module]
 
@@ -243,8 +243,7 @@ def generator_step(images, processes):
         torch.nn.utils.clip_grad_norm_(trained, stage2.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-        with torch.no_grad():
-            torch._foreach_lerp_(averaged, trained, 1 - stage2.ema_momentum)
+        runtime.update_average(averaged, trained, stage2.ema_momentum)
 
     return step, [model]
 

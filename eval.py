@@ -42,14 +42,13 @@ reference = ""  # the same, or .npz of statistics (mu, sigma), or "shapes"; a fo
 paired = False  # True: image i of one is the reconstruction of image i of the other (in order of file names)
 
 # How
-feature_net = ""  # .pt2 (torch.export): uint8 (B, H, W, 3) -> features (B, D), logits (B, K); "" = FID's Inception
-lpips_net = "vgg"  # or "alex"
+feature_net = ""  # "" = FID's Inception; .pt2: uint8 (B, H, W, 3) -> features (B, D), logits (B, K); "none" = no FID
+lpips_net = "vgg"  # or "alex"; "none" = no LPIPS
 probe_steps = 200  # L-BFGS steps of the probes' multinomial logistic regression, on standardised features
 probe_decay = 1e-4  # its L2 penalty
 batch_size = 64
 workers = 4  # loading processes per process; 0 = load in the process itself
 out = ""  # the file of results; "" = eval.json beside the checkpoint or the samples
-seed = 0
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # of the tokenizer's matrix products; all that measures is float32 or float64
 
@@ -465,24 +464,24 @@ class PooledFeatures:
         self.classes, self.source_labels = len(source.classes), torch.tensor(source.labels)
         self.labels = [self.source_labels[:0]]
         self.width = tcae.encoder.width
-        self.tokens, self.latents = Rows(2 * self.width), Rows(len(tcae.latent_mean))
+        self.tokens_and_cls, self.latents = Rows(2 * self.width), Rows(len(tcae.latent_mean))
 
     def add(self, cls, tokens, z, indices):
-        self.tokens.append(torch.cat([tokens.float().mean(1), cls.float()], dim=1))
+        self.tokens_and_cls.append(torch.cat([tokens.float().mean(1), cls.float()], dim=1))
         self.latents.append(z.mean((2, 3)))
         self.labels.append(self.source_labels[indices])
 
     def inputs(self):
         """Of each probe, its inputs (N, ...) by name."""
-        tokens = self.tokens.array()
-        return {"tokens": tokens[:, :self.width], "[CLS] and tokens": tokens, "latents": self.latents.array()}
+        both = self.tokens_and_cls.array()
+        return {"tokens": both[:, :self.width], "[CLS] and tokens": both, "latents": self.latents.array()}
 
     def count(self, processes):
         return int(processes.sum(torch.tensor(float(sum(map(len, self.labels))))))
 
 
 def probes(train, val, processes):
-    """Table 1's row, and the one probe more, for two PooledFeatures."""
+    """Table 1's row and one more probe, on [CLS] and tokens, for two PooledFeatures."""
     of_train, of_val = train.inputs(), val.inputs()
     found = {f"probe on {name}": probe(of_train[name], torch.cat(train.labels), of_val[name], torch.cat(val.labels),
                                        train.classes, processes) for name in of_train}
@@ -507,16 +506,25 @@ def cropped(source, name, size, processes, images=0, title="", keep_empty=False)
 
 def open_feature_net(processes, side):
     """Raises MissingWeights."""
+    if feature_net == "none":
+        raise runtime.MissingWeights("feature_net=none (else it takes Inception's weights, 91 MB)")
     if feature_net:
         return FeatureNet(feature_net, side, processes.device)
     return Inception.pretrained(runtime.published(*INCEPTION, processes)).to(processes.device).eval()
+
+
+def open_lpips(processes):
+    """Raises MissingWeights."""
+    if lpips_net == "none":
+        raise runtime.MissingWeights("lpips_net=none (else it takes VGG's weights, 528 MB)")
+    return runtime.load_lpips(lpips_net, processes)
 
 
 def open_networks(processes, side):
     """-> (network for FID or None, network for LPIPS or None); says what is missing, now rather than after an hour."""
     found, missing = [], []
     for metric, load in (("FID", lambda: open_feature_net(processes, side)),
-                         ("LPIPS", lambda: runtime.load_lpips(lpips_net, processes))):
+                         ("LPIPS", lambda: open_lpips(processes))):
         try:
             found.append(load())
         except runtime.MissingWeights as error:
@@ -527,9 +535,9 @@ def open_networks(processes, side):
     return found
 
 
-def by_whom(metric):
+def metric_name(metric):
     """The name of a metric that is only called FID or IS if the network is Inception."""
-    return f"{metric.replace('FID', 'FD')} ({Path(feature_net).name})" if feature_net else metric
+    return f"{metric.replace('FID', 'FD')} ({Path(feature_net).name})" if feature_net not in ("", "none") else metric
 
 
 @torch.no_grad()
@@ -567,7 +575,7 @@ def evaluate_tokenizer(processes):
     rfid = distance_between(originals, reconstructions, processes) if network else None
     about = (f"{tokenizer}: reconstructions of {count} images of {where}, {size} px; probes fitted on "
              f"{of_train.count(processes)} training images")
-    return about, {by_whom("rFID"): rfid, **means, **probes(of_train, of_val, processes)}
+    return about, {metric_name("rFID"): rfid, **means, **probes(of_train, of_val, processes)}
 
 
 @torch.no_grad()
@@ -596,7 +604,8 @@ def evaluate_samples(processes):
             referred.add(pixels, indices)
         against, target = f"{referred.reduce(processes)} images", referred.mean_and_cov()
     return f"{samples}: {count} samples, {size} px, against {against} of {reference}", \
-        {by_whom("gFID"): frechet_distance(sampled.mean_and_cov(), target), by_whom("IS"): sampled.inception_score()}
+        {metric_name("gFID"): frechet_distance(sampled.mean_and_cov(), target),
+         metric_name("IS"): sampled.inception_score()}
 
 
 @torch.no_grad()
@@ -623,7 +632,8 @@ def evaluate_pairs(processes):
                 originals.add(b, indices)
     count, means = pairs.means(processes)
     rfid = distance_between(originals, reconstructions, processes) if network else None
-    return f"{samples} as reconstructions of {reference}: {count} pairs, {size} px", {by_whom("rFID"): rfid, **means}
+    return f"{samples} as reconstructions of {reference}: {count} pairs, {size} px", \
+        {metric_name("rFID"): rfid, **means}
 
 
 def open_reference(size):
@@ -645,7 +655,7 @@ def main():
     constants = runtime.configure(globals())
     for name in "batch_size", "probe_steps":
         check(constants[name] > 0, f"{name}={constants[name]} must be at least 1")
-    check(lpips_net in ("vgg", "alex"), f"lpips_net={lpips_net!r}: it is 'vgg' or 'alex'")
+    check(lpips_net in ("vgg", "alex", "none"), f"lpips_net={lpips_net!r}: it is 'vgg', 'alex' or 'none'")
     check(bool(tokenizer) != bool(samples),
           "give either --tokenizer=CHECKPOINT, or --samples=IMAGES with --reference=IMAGES")
     for name in "tokenizer", "samples":
@@ -653,7 +663,7 @@ def main():
         check(not given or os.path.exists(given), f"{name}={given}: there is no such file or folder")
     path = out or os.path.join(os.path.dirname((tokenizer or samples).rstrip("/")), "eval.json")
     check(os.access(os.path.dirname(path) or ".", os.W_OK) and not os.path.isdir(path), f"out={path} can't be written")
-    processes = runtime.Processes(device, dtype, seed)
+    processes = runtime.Processes(device, dtype)
     torch.set_float32_matmul_precision("highest")  # no TF32 in what measures
     torch.backends.cudnn.allow_tf32 = False
     evaluate = evaluate_tokenizer if tokenizer else evaluate_pairs if paired else evaluate_samples

@@ -292,6 +292,9 @@ class TCAE(nn.Module):
     compression: "conv" or "shuffle" (Table 8). Raises ValueError, naming the argument, for sizes that do not fit.
     """
 
+    CONSTANTS = ("image_size", "patch_size", "downsample", "latent_channels", "encoder", "decoder", "stc_depth",
+                 "compression")  # the arguments, by their names in train_tokenizer.py and its checkpoints
+
     def __init__(self, image_size=256, patch_size=8, downsample=32, latent_channels=128, encoder="S", decoder="S",
                  stc_depth=6, compression="conv"):
         super().__init__()
@@ -323,9 +326,7 @@ class TCAE(nn.Module):
     @classmethod
     def from_constants(cls, constants):
         """The tokenizer that a script's constants, or those in a checkpoint, describe."""
-        names = ("image_size", "patch_size", "downsample", "latent_channels", "encoder", "decoder", "stc_depth",
-                 "compression")
-        return cls(**{name: constants[name] for name in names})
+        return cls(**{name: constants[name] for name in cls.CONSTANTS})
 
     @classmethod
     def from_checkpoint(cls, saved):
@@ -534,7 +535,7 @@ def augment_differentiably(images):
 # ----------------------------------------------------------------------------------------------------------------------
 # The generator: LightningDiT in RAE's version (Sec. 4.1)
 
-DIT_SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
+DIT_SIZES = {**SIZES, "XL": (1152, 28, 16)}
 
 
 @lru_cache(maxsize=8)
@@ -557,7 +558,7 @@ def rotate(x, rope):
 
 
 class SwiGLU(nn.Module):
-    """(W1 x · silu(W2 x)) W3 with 2/3 · 4 · D hidden units: as many parameters as the usual MLP."""
+    """fc2(silu(gate) · value), gate and value from fc1, with 2/3 · 4 D hidden units: as many parameters as an MLP."""
 
     def __init__(self, width):
         super().__init__()

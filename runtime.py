@@ -4,8 +4,8 @@
     Processes            this process among the others: device, precision, sums over all, SIGTERM
     save_checkpoint, load_checkpoint, check_resumable, fingerprint, latents_of
     Log, Progress        log.jsonl, and the bar with it
-    cosine               the learning rate's schedule (and the teacher's momentum)
-    published, load_lpips    weights that others trained, with a checksum
+    cosine, update_average    the learning rate's schedule (and the teacher's momentum); the teacher's weights, the EMA
+    published, load_lpips, lpips_in_autocast    weights that others trained, with a checksum
 """
 import ast
 import difflib
@@ -21,6 +21,9 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+from tqdm import tqdm
+
 HERE = Path(__file__).parent
 
 
@@ -34,7 +37,7 @@ def fail(message, everywhere=True):
 
 
 def check(condition, message):
-    """`fail(message)` unless `condition`: for constants, whose names belong into the message."""
+    """`fail(message)` unless `condition`: for constants, whose names belong in the message."""
     if not condition:
         fail(message)
 
@@ -105,7 +108,7 @@ def print_help(script, source, names):
     """The docstring, then every constant with its default and comment, under the source's own headings."""
     print(script["__doc__"].strip(), "\n\nconstants, as --name=value or in a config file:")
     for line in source.splitlines():
-        if line.startswith(("def ", "class ", "@")):
+        if line.startswith(("def ", "class ", "@", "# ---")):
             break
         if line.startswith("# "):
             print(f"\n{line[2:]}")
@@ -125,8 +128,6 @@ class Processes:
     """
 
     def __init__(self, device="auto", dtype="auto", seed=0):
-        import torch
-        self.torch = torch
         self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.first = self.rank == 0
         self.device = self.pick_device(device)
@@ -146,7 +147,6 @@ class Processes:
         self.stop = True
 
     def pick_device(self, name):
-        torch = self.torch
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         try:
@@ -158,12 +158,11 @@ class Processes:
             fail(f"device={name!r} can't be used here: {str(error).splitlines()[0]}", everywhere=False)
 
     def device_name(self):
-        return self.torch.cuda.get_device_name() if self.device.type == "cuda" else \
-            f"{self.device.type.upper()}, {self.torch.get_num_threads()} threads"
+        return torch.cuda.get_device_name() if self.device.type == "cuda" else \
+            f"{self.device.type.upper()}, {torch.get_num_threads()} threads"
 
     def bf16_pays(self):
         """Whether bfloat16 is faster: by knowledge on CUDA, by a probe of 20 ms on a CPU. All processes agree."""
-        torch = self.torch
         if self.device.type != "cpu":
             return self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
@@ -181,19 +180,19 @@ class Processes:
 
     def autocast(self):
         """A context in which matrix products run in `dtype`."""
-        return self.torch.autocast(self.device.type, self.dtype, enabled=self.dtype != self.torch.float32)
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def distribute(self, model):
         """The model, wrapped so that its gradients are the mean over all processes."""
         if self.count == 1:
             return model
-        return self.torch.nn.parallel.DistributedDataParallel(
+        return torch.nn.parallel.DistributedDataParallel(
             model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def sum(self, tensor):
         """The sum of `tensor` over all processes, in place."""
         if self.count > 1:
-            self.torch.distributed.all_reduce(tensor)
+            torch.distributed.all_reduce(tensor)
         return tensor
 
     def gather(self, items):
@@ -201,12 +200,12 @@ class Processes:
         if self.count == 1:
             return items
         lists = [None] * self.count
-        self.torch.distributed.all_gather_object(lists, items)
+        torch.distributed.all_gather_object(lists, items)
         return [item for each in lists for item in each]
 
     def stop_requested(self):
         """Whether any process was asked to stop; all must call it. On the CPU, so that no GPU is waited for."""
-        return bool(self.sum(self.torch.tensor(float(self.stop))))
+        return bool(self.sum(torch.tensor(float(self.stop))))
 
     def print(self, *words):
         if self.first:
@@ -215,13 +214,13 @@ class Processes:
     def wait(self):
         """Until every process is here."""
         if self.count > 1:
-            self.torch.distributed.barrier()
+            torch.distributed.barrier()
 
     def close(self):
         """All leave together: one that is gone while the first still draws or measures looks like a failure."""
         if self.count > 1:
             self.wait()
-            self.torch.distributed.destroy_process_group()
+            torch.distributed.destroy_process_group()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -230,7 +229,6 @@ class Processes:
 
 def save_checkpoint(path, state):
     """Writes one file, whole or not at all: to a temporary name first, then renamed."""
-    import torch
     temporary = Path(f"{path}.tmp")
     torch.save(state, temporary)
     os.replace(temporary, path)
@@ -239,7 +237,6 @@ def save_checkpoint(path, state):
 def load_checkpoint(path, name, kind=None):
     """The state in a checkpoint, on the CPU. `name` is the constant that `path` came from, for the messages. With
     `kind`, "tokenizer" or "dit", it must be one, and a tokenizer's training must have ended."""
-    import torch
     if not Path(path).is_file():
         fail(f"{name}={path}: there is no such checkpoint")
     try:
@@ -308,7 +305,6 @@ class Progress:
     """
 
     def __init__(self, out_dir, start, steps, batch_size, processes):
-        from tqdm import tqdm
         self.processes, self.batch_size, self.step = processes, batch_size, start
         self.checkpoint = Path(out_dir, "checkpoint.pt")
         self.log = Log(Path(out_dir, "log.jsonl"), start) if processes.first else None
@@ -331,7 +327,6 @@ class Progress:
     def report(self, lr):
         """Means over the steps since the last report and over all processes, to the log and the bar. Fails at the first
         NaN or infinity, naming step and term."""
-        torch = self.processes.torch
         first = self.step - len(self.pending) + 1
         places = [(step, name) for step, terms in enumerate(self.pending, first) for name in terms]
         values = torch.stack([value.float() for terms in self.pending for value in terms.values()])
@@ -368,6 +363,12 @@ def cosine(step, steps, base, final, warmup=0):
     return final + (base - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def update_average(averaged, trained, momentum):
+    """averaged <- momentum * averaged + (1 - momentum) * trained, for two lists of parameters."""
+    with torch.no_grad():
+        torch._foreach_lerp_(averaged, trained, 1 - momentum)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Published weights
 
@@ -381,7 +382,6 @@ def published(url, sha256, processes):
 
     `sha256`: the hexadecimal checksum or its beginning. Raises MissingWeights in every process if any lacks the file.
     """
-    torch = processes.torch
     path, error = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1], ""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         try:
@@ -408,3 +408,15 @@ def load_lpips(net, processes):
     published(f"https://download.pytorch.org/models/{file}", sha256, processes)
     import lpips  # it loads the file that is now there
     return lpips.LPIPS(net=net, verbose=False).to(processes.device).requires_grad_(False)
+
+
+def lpips_in_autocast(perceptual, processes):
+    """Lets the convolutions of an LPIPS run in the processes' precision, for training: its distances stay float32."""
+    convolutions = perceptual.net.to(memory_format=torch.channels_last).forward
+
+    def forward(images):
+        with processes.autocast():
+            return [features.float() for features in convolutions(images)]
+
+    perceptual.net.forward = forward
+    return perceptual

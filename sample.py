@@ -1,6 +1,6 @@
 """Stage 3: class-conditional samples.
 
-    python sample.py --checkpoint=out/shapes_dit/checkpoint.pt --cfg_scale=2                  # a picture, ten classes
+    python sample.py --checkpoint=out/shapes_dit/checkpoint.pt --cfg_scale=2.5                # a picture, ten classes
     python sample.py --checkpoint=out/dit/checkpoint.pt --classes=207,360 --per_class=4       # of these two classes
     torchrun --nproc_per_node=8 sample.py --num_samples=50000 --cfg_scale=1.5                 # an .npz, for FID
 
@@ -24,7 +24,7 @@ use_ema = True  # False: the weights as they were last trained
 
 classes = ""  # which, for the picture, as 0,5,7; "" = the first ten
 per_class = 8  # samples of each, for the picture
-num_samples = 0  # above 0: write so many as .npz instead, over all classes in equal numbers
+num_samples = 0  # above 0: write this many to an .npz instead, equally many of each class
 
 steps = 50
 method = "euler"  # or "heun": twice the work per step, error of second order
@@ -100,7 +100,8 @@ def main():
                                 processes).numpy())
         if processes.stop:
             store.flush()
-            raise SystemExit(0)  # SIGTERM: the same command goes on from here
+            processes.print(f"SIGTERM: {part} keeps what is drawn; the same command goes on from there")
+            raise SystemExit(0)
     store.flush()
     processes.wait()
     if processes.first:

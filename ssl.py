@@ -6,7 +6,7 @@ losses. Nothing here has parameters; the head is in model.py.
     METHODS             in what the three differ
     IBOTLoss            L_[CLS] + L_MIM, and the centres
     sinkhorn_knopp, koleo    what DINOv2 has instead of the centres, and beside them
-    teacher_*           the schedules of the teacher
+    teacher_temperature    its schedule
 
 The name is taken: `import ssl` anywhere in this project's processes, in urllib or pip or torch.hub, finds this file
 instead of Python's TLS module. So it runs that module's code first, in its own namespace, and *is* the TLS module with
@@ -233,7 +233,7 @@ def koleo(x):
 
 class IBOTLoss:
     """Cross-entropy of the student against softmax((teacher - centre) / teacher_temp), for [CLS] between different
-    views and for masked tokens within the same view. Its state are the two centres, (K,) each.
+    views and for masked tokens within the same view. Its state is the two centres, (K,) each.
 
     The centre is a moving average of the teacher's logits over the global batch: subtracting it keeps any prototype
     from winning every image; the low temperature keeps the output from becoming uniform. For patches the average is
@@ -297,15 +297,9 @@ class IBOTLoss:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The teacher's schedules; progress is the share of training that is done, 0 to 1
+# The teacher's temperature (its momentum is runtime.cosine)
 
 
 def teacher_temperature(progress, warmup, start, end):
-    """Linear from `start` to `end` over the first `warmup` of training."""
+    """Linear from `start` to `end` over the first `warmup` of training; both are shares of it, 0 to 1."""
     return start + (end - start) * min(1.0, progress / warmup) if warmup else end
-
-
-def update_teacher(teacher, student, momentum):
-    """teacher <- momentum * teacher + (1 - momentum) * student, for two lists of parameters."""
-    with torch.no_grad():
-        torch._foreach_lerp_(teacher, student, 1 - momentum)

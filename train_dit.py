@@ -58,8 +58,8 @@ sample_every = 5000  # steps between pictures of EMA samples
 sample_steps = 50  # Euler steps for those pictures
 sample_cfg_scale = 1.0  # guidance for those pictures; 1 = none
 
-FREE = {"out_dir", "resume", "device", "workers", "compile", "log_every", "save_every", "sample_every", "sample_steps",
-        "sample_cfg_scale", "data_dir", "cache", "rebuild_cache", "cache_latents", "tokenizer"}
+FREE = {"out_dir", "resume", "device", "workers", "compile", "accumulate", "log_every", "save_every", "sample_every",
+        "sample_steps", "sample_cfg_scale", "data_dir", "cache", "rebuild_cache", "cache_latents", "tokenizer"}
 
 
 def check_constants(processes):
@@ -108,8 +108,8 @@ class Latents:
 
 
 class Pairs:
-    """A source like Latents, of pixels: load(i) gives ((image, mirror image) uint8 (2, H, W, 3), label). The cache is
-    made from it; without a cache its batches are encoded on the fly."""
+    """A source like Latents, of pixels: load(i) gives ((image, mirror image) uint8 (2, H, W, 3), label). Without a
+    cache its batches are encoded on the fly."""
 
     def __init__(self, source, image_size):
         self.source, self.image_size, self.labels = source, image_size, source.labels
@@ -128,42 +128,29 @@ class Pairs:
         return self.source.name(i)
 
 
-class ToEncode(torch.utils.data.Dataset):
-    """Item i is (i, pixels (2, H, W, 3) or None where the file can't be decoded, bad files)."""
-
-    def __init__(self, pairs):
-        self.pairs = pairs
-
-    def __getitem__(self, i):
-        loaded, bad = data.try_load(self.pairs, i)
-        return i, loaded and loaded[0], bad
-
-
 def encode_pixels(tcae, pixels, processes):
     """uint8 (B, H, W, 3) -> z (B, c, h, w), rounded to float16 as in the cache."""
     with torch.no_grad(), processes.autocast():
         return tcae.encode(data.to_float(pixels, processes.device)).half()
 
 
-def fill_cache(store, tcae, pairs, bad_files, processes):
+def fill_cache(store, tcae, source, image_size, bad_files, processes):
     """Encodes what the cache still lacks, each process its share."""
-    subset, bad = torch.utils.data.Subset(ToEncode(pairs), store.to_do(processes)), []
-    loader = torch.utils.data.DataLoader(subset, batch_size=max(1, min(128, 128**3 // pairs.image_size**2)),
-                                         num_workers=workers, collate_fn=list, worker_init_fn=data.outlive_sigterm)
-    for items in tqdm(loader, desc="encoding the data set once", disable=not processes.first):
-        good = [(i, pixels) for i, pixels, _ in items if pixels is not None]
-        if good:
-            pixels = torch.from_numpy(np.concatenate([pair for _, pair in good]))  # (2 b, H, W, 3)
-            z = encode_pixels(tcae, pixels, processes).cpu().unflatten(0, (-1, 2))
-            store.put([i for i, _ in good], z.numpy())
-        for i, _, names in items:
-            if names:
-                store.state[i] = 2
-                bad += names
+    todo, bad = np.array(store.to_do(processes), int), []
+    loader = torch.utils.data.DataLoader(torch.utils.data.Subset(data.Centered(source, image_size), todo.tolist()),
+                                         batch_size=max(1, min(128, 128**3 // image_size**2)), num_workers=workers,
+                                         collate_fn=data.collate_centered, worker_init_fn=data.outlive_sigterm)
+    for pixels, indices, names in tqdm(loader, desc="encoding the data set once", disable=not processes.first):
+        bad += names
+        if len(pixels):
+            both = torch.stack([pixels, pixels.flip(2)], dim=1).flatten(0, 1)  # (2 b, H, W, 3): image, mirror image, …
+            z = encode_pixels(tcae, both, processes).cpu().unflatten(0, (-1, 2))  # (b, 2, c, h, w)
+            store.put(indices.numpy(), z.numpy())
         if processes.stop:  # each process by itself: their numbers of batches differ
             store.flush()
             processes.print(f"SIGTERM: {store.path} keeps what is encoded; the next run goes on from there")
             raise SystemExit(0)
+    store.state[todo[store.state[todo] == 0]] = 2  # those could not be decoded
     store.flush()
     processes.wait()
     bad_files.report(processes.gather(bad), processes)
@@ -198,10 +185,10 @@ def open_latents(tcae, saved, processes):
     constants = saved["constants"]
     where, image_size = data_dir or constants["data_dir"], constants["image_size"]
     source = data.open_split(where, "train", image_size, constants["shapes_images"])
-    pairs, bad_files = Pairs(source, image_size), data.BadFiles(source)
+    bad_files = data.BadFiles(source)
     check(batch_size <= len(source), f"batch_size={batch_size} is more than the {len(source)} training images")
     if not cache_latents:
-        return pairs, source.classes, bad_files
+        return Pairs(source, image_size), source.classes, bad_files
     path = cache or os.path.join(out_dir, "latents.cache")
     about = {"tokenizer": runtime.latents_of(saved), "image_size": image_size, "images": len(source),
              "files": source.fingerprint()}
@@ -212,7 +199,7 @@ def open_latents(tcae, saved, processes):
         check(not differences, f"cache: {path} was made from something else ({differences}). "
                                "--rebuild_cache=True makes it anew, another --cache keeps both")
     store = data.Store.shared(path, about, len(source), (2, *latent_shape(saved)), np.float16, processes)
-    fill_cache(store, tcae, pairs, bad_files, processes)
+    fill_cache(store, tcae, source, image_size, bad_files, processes)
     latents = Latents(store, source.labels)
     return latents, source.classes, data.BadFiles(latents)
 
@@ -268,6 +255,9 @@ def main():
     start = 0
     if resumed:
         start = resumed["step"]
+        if start == steps:
+            processes.print(f"{path} is finished: step {start}")
+            return processes.close()
         model.load_state_dict(resumed["model"])
         ema.load_state_dict(resumed["ema"])
         optimizer.load_state_dict(resumed["optimizer"])
@@ -292,7 +282,7 @@ def main():
     picture = os.path.join(out_dir, "samples.png")
 
     for step in range(start, steps):
-        torch.manual_seed(hash((seed, step, processes.rank)) % 2**63)  # for what a fork adds; all else is in Example
+        torch.manual_seed(hash((seed, step, processes.rank)) % 2**63)  # for dropout you may add; all else is in Example
         lr = learning_rate if step < decay_step else learning_rate + (min_learning_rate - learning_rate) * (
             (step - decay_step) / (steps - decay_step))
         lr *= min(1, (step + 1) / max(1, warmup_steps))
@@ -314,8 +304,7 @@ def main():
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
-        with torch.no_grad():
-            torch._foreach_lerp_(averaged, trained, 1 - ema_momentum)
+        runtime.update_average(averaged, trained, ema_momentum)
         progress.add({"loss": total, "grad_norm": grad_norm})
 
         done, stopping = step + 1, processes.stop_requested()

@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=8 train_tokenizer.py config/finetune_decoder.py --init_from=out/tokenizer/checkpoint.pt
 
 L = α L_rec + L_iBOT, L_rec = L1 + λ_p LPIPS + λ_q L_adv (Eq. 5 and 6). The defaults are Table 7's left column, where
-λ_q is 0; with --init_from the decoder alone is trained on, as in its right column. What is adversarial stands in
+λ_q is 0; with --init_from the decoder alone is trained on, as in its right column. The adversarial part is the class
 Adversary.
 Writes out_dir/checkpoint.pt, log.jsonl and reconstructions.png.
 """
@@ -98,8 +98,7 @@ pca_baseline = False  # True: at the end print PCA's PSNR with as many values pe
 DINO_WEIGHTS = ("https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
                 "")  # no checksum is published; that every name and shape fits is checked
 
-TAKEN_OVER = ("image_size", "patch_size", "downsample", "latent_channels", "encoder", "decoder", "stc_depth",
-              "compression", "shapes_images")  # from the checkpoint that init_from names
+TAKEN_OVER = (*TCAE.CONSTANTS, "shapes_images")  # from the checkpoint that init_from names
 
 FREE = {"out_dir", "resume", "device", "workers", "compile", "accumulate", "log_every", "save_every", "eval_every",
         "val_images", "data_dir"}  # constants that a resumed run may change
@@ -416,14 +415,14 @@ def main():
     except ValueError as error:  # sizes that do not fit; it names the constant
         runtime.fail(error)
     heads, teacher, ibot, multi_crop = build_ssl(tcae, processes) if ssl_method != "none" else (None,) * 4
-    shown = tcae  # the tokenizer that is validated and handed on: with the averaged decoder, if there is one
+    final = tcae  # the tokenizer that is validated and handed on: with the averaged decoder, if there is one
     if init_from:
         tcae.load_state_dict(given["tokenizer"])
         tcae.requires_grad_(False).decoder.requires_grad_(True)
-        shown = copy.deepcopy(tcae).requires_grad_(False) if decoder_ema else tcae
+        final = copy.deepcopy(tcae).requires_grad_(False) if decoder_ema else tcae
     adversary = Adversary(tcae.decoder.head.weight, processes) if adversarial_weight else None
     try:
-        perceptual = runtime.load_lpips("vgg", processes) if lpips_weight else None
+        perceptual = lpips_weight and runtime.lpips_in_autocast(runtime.load_lpips("vgg", processes), processes)
     except runtime.MissingWeights as error:
         runtime.fail(f"{error}, or do without the perceptual loss: --lpips_weight=0")
     model = JointTokenizer(tcae, heads, multi_crop and multi_crop.masks)
@@ -435,7 +434,7 @@ def main():
     start = 0
     if saved:
         start = saved["step"]
-        shown.load_state_dict(saved["tokenizer"])
+        final.load_state_dict(saved["tokenizer"])
         tcae.decoder.load_state_dict(saved["decoder"])
         optimizer.load_state_dict(saved["optimizer"])
         if ibot:
@@ -451,7 +450,7 @@ def main():
             runtime.save_checkpoint(path, {
                 "kind": "tokenizer", "constants": constants, "dtype": str(processes.dtype).removeprefix("torch."),
                 "revision": runtime.git_revision(), "step": step, "finished": finished, "images": len(train),
-                "tokenizer": shown.state_dict(), "decoder": tcae.decoder.state_dict(),
+                "tokenizer": final.state_dict(), "decoder": tcae.decoder.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 **({"adversary": adversary.state_dict()} if adversary else {}),
                 **({"heads": heads.state_dict(), "teacher": teacher.state_dict(), "centers": ibot.centers}
@@ -472,7 +471,7 @@ def main():
     bad = []  # files that could not be decoded since the last report
 
     for step in range(start, steps):
-        # everything random here is decided by (seed, epoch, image); what a fork adds (dropout, …) by (seed, step, rank)
+        # for the discriminator's augmentation, or a dropout you may add; images and views have their own, see data.py
         torch.manual_seed(hash((seed, step, processes.rank)) % 2**63)
         lr = runtime.cosine(step, steps, learning_rate, min_learning_rate, warmup_steps)
         for group in optimizer.param_groups:
@@ -497,11 +496,11 @@ def main():
         if ibot:
             ibot.update_centers()
             momentum = runtime.cosine(step, steps, teacher_momentum, 1.0)
-            ssl.update_teacher(teachers, student, momentum)
+            runtime.update_average(teachers, student, momentum)
         if adversary:
             adversary.step(lr)
         if decoder_ema:
-            ssl.update_teacher(list(shown.decoder.parameters()), list(tcae.decoder.parameters()), decoder_ema)
+            runtime.update_average(list(final.decoder.parameters()), list(tcae.decoder.parameters()), decoder_ema)
         progress.add(step_terms)
 
         done, stopping = step + 1, processes.stop_requested()
@@ -519,7 +518,7 @@ def main():
             processes.print(f"SIGTERM: saved {path} at step {done}; --resume=True goes on from there")
             return processes.close()
         if evaluating:
-            psnr = validate(shown, val, bad_val_files, processes, picture)
+            psnr = validate(final, val, bad_val_files, processes, picture)
             progress.write(val_psnr=psnr)
             progress.bar.write(f"step {done}: validation PSNR {psnr:.2f} dB") if processes.first else None
             progress.start_clock()
@@ -528,7 +527,7 @@ def main():
     if not init_from:  # else the latents are as they were
         measure_latents(tcae, train, bad_files, processes)
     save(steps, finished=True)
-    psnr = validate(shown, val, bad_val_files, processes, picture)
+    psnr = validate(final, val, bad_val_files, processes, picture)
     baseline = ""
     if pca_baseline:
         values = latent_channels * (image_size // downsample) ** 2

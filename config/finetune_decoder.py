@@ -1,5 +1,5 @@
-"""Decoder finetuning (Table 7, right): give it --init_from=CHECKPOINT of the joint training, and --lpips_weight and
---data_dir if they are to be others than there. Sizes come from the checkpoint."""
+"""Decoder finetuning (Table 7, right): give it --init_from=CHECKPOINT of the joint training. Sizes and data_dir are
+taken over from there; lpips_weight is not."""
 out_dir = "out/finetuned"
 ssl_method = "none"
 alpha = 1.0  # nothing to balance the reconstruction against

@@ -24,6 +24,10 @@ else
     DIT=() LONG=(--epochs=800 --decay_epoch=40)
     FINETUNE=(config/finetune_decoder.py)
     REFERENCE=$DATA/VIRTUAL_imagenet256_labeled.npz
+    if [ "$PYTHON" != echo ] && [ ! -f "$REFERENCE" ]; then # gFID is measured last, days from here
+        echo "$REFERENCE is missing: it is at github.com/openai/guided-diffusion, evaluations/" >&2
+        exit 1
+    fi
 fi
 
 launch() { # a script with its constants, on all GPUs
@@ -91,7 +95,7 @@ NET=()
 feature_net() { # Inception means little for shapes of 32 px, and is a download: a small network of our own instead
     [ -f "$OUT/classifier.pt2" ] || "$PYTHON" runs/recognise.py --tokenizer="$1" --images=400 --epochs=1 \
         --feature_net="$OUT/classifier.pt2"
-    NET=(--feature_net="$OUT/classifier.pt2")
+    NET=(--feature_net="$OUT/classifier.pt2" --lpips_net=none)
 }
 
 table() { "$PYTHON" runs/tables.py --table="$1" --out="$OUT" --cfg="$CFG"; }

@@ -84,7 +84,7 @@ def test_a_generator_s_operations_are_those_of_the_formula(costs):
 
 
 def test_the_tables_are_printed(costs, monkeypatch, capsys):
-    """A number in every column; the paper's generator has its 675 M; S–S costs what FACTS.md says, and convolutions;
+    """A number in every column; the paper's generator has its 675 M; S–S costs 75 GFLOPs by hand, and convolutions;
     the finetuning's mean is that of 6, 2 and 8 epochs, its hours those of 16 × 1,281,167 images at 8 × 396 TFLOP/s."""
     monkeypatch.setattr("sys.argv", ["costs.py"])
     monkeypatch.setattr(costs, "ROWS", [row for row in costs.ROWS if row[0] == "p = 64" or "default" in row[0]])

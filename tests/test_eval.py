@@ -451,6 +451,17 @@ def test_probes_that_are_always_wrong_have_no_structure_loss(tokenizer, evaluate
     assert table["probe on tokens"] == 0 and table["structure loss"] is None
 
 
+def test_networks_that_are_not_wanted_are_not_fetched(tokenizer, evaluate, monkeypatch, capsys, refused, tmp_path):
+    """With "none" nothing is asked of the network, and the line about what is missing says how to get it."""
+    monkeypatch.setattr(runtime, "published", Mock(side_effect=AssertionError))
+    table = evaluate(tokenizer=tokenizer, feature_net="none", lpips_net="none", val_images=2, probe_images=2)
+    assert table["rFID"] is None and table["LPIPS"] is None and table["PSNR"] > 0
+    line, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("will not be measured")]
+    assert "feature_net=none" in line and "lpips_net=none" in line
+    samples = folder_of(pictures(10), tmp_path / "a")
+    assert "feature_net=none" in refused(samples=samples, reference=samples, feature_net="none")
+
+
 @pytest.mark.parametrize("given", ["tokenizer", "paired"], indirect=True)
 def test_without_weights_the_rest_of_the_table_is_measured(given, evaluate, offline, monkeypatch, capsys):
     """One line, before anything is measured, names every file that is missing, from where it comes and where it should

@@ -8,6 +8,7 @@ import time
 from contextlib import contextmanager
 
 import numpy as np
+import lpips
 import pytest
 import torch
 from PIL import Image
@@ -114,6 +115,26 @@ def test_a_run_leaves_what_it_promises(straight):
     state = checkpoint(straight)
     assert state["finished"] and state["step"] == 20 and state["constants"]["patch_size"] == 4
     assert {path.name for path in straight.iterdir()} == {"checkpoint.pt", "log.jsonl", "reconstructions.png"}
+
+
+@pytest.mark.filterwarnings("ignore:.*pretrained:UserWarning", "ignore:.*weight enum:UserWarning")
+def test_the_perceptual_loss_counts_and_is_learnt_from(tmp_path, here, monkeypatch):
+    """L_rec = L1 + λ_p LPIPS, over random features, since VGG's weights can't be had here: in the log, in the sum, and
+    smaller than without λ_p at the end."""
+    torch.manual_seed(0)
+    network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False).requires_grad_(False)
+    for conv in network.net.modules():
+        if isinstance(conv, torch.nn.Conv2d):  # so that differences do not fade from layer to layer
+            torch.nn.init.kaiming_normal_(conv.weight)
+    monkeypatch.setattr(runtime, "load_lpips", lambda *_: network)
+    same = dict(shapes_images=8, epochs=30, learning_rate=3e-3, warmup_epochs=5, ssl_method="none", alpha=1)
+    here(**same, lpips_weight=2, dtype="bfloat16", out_dir=tmp_path / "with")
+    here(**same, lpips_weight=1e-6, out_dir=tmp_path / "without")
+    with_lpips, without = log(tmp_path / "with")[0], log(tmp_path / "without")[0]
+    for line in with_lpips:
+        assert line["loss"] == pytest.approx(line["l1"] + 2 * line["lpips"], rel=1e-4)
+    assert with_lpips[0]["lpips"] == pytest.approx(without[0]["lpips"], rel=0.02) and with_lpips[0]["lpips"] > 0.01
+    assert with_lpips[-1]["lpips"] < 0.9 * without[-1]["lpips"]
 
 
 def test_joint_training_learns_to_reconstruct(tmp_path, here):
