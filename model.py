@@ -116,6 +116,7 @@ def init_weights(module):
 def compile_blocks(*networks):
     """torch.compile for every transformer block in these networks, each by itself: all of one shape share the result."""
     torch._dynamo.config.cache_size_limit = 64  # one version per crop size, with and without gradient
+    torch._dynamo.config.optimize_ddp = False  # else every block is cut where DDP's buckets end
     for network in networks:
         for module in network.modules():
             if isinstance(module, (Block, DiTBlock)):
@@ -271,10 +272,10 @@ class Decoder(nn.Module):
     def forward(self, z):
         x = regrid(self.mlp(z), 1 / self.factor)  # (B, D, h, w)
         height, width = x.shape[2:]
-        x = to_tokens(x) + position_embedding(height, width, self.reference, self.width, x.device)
+        x = to_tokens(x).contiguous() + position_embedding(height, width, self.reference, self.width, x.device)
         x = self.stage2(x)  # (B, h w, D)
-        if self.expand:
-            x = to_tokens(self.expand(to_map(x, height, width)))  # (B, 4 h w, D)
+        if self.expand:  # to_tokens' view would keep the blocks on transposed memory, autocast's output in bfloat16
+            x = to_tokens(self.expand(to_map(x, height, width))).contiguous().float()  # (B, 4 h w, D)
             height, width = 2 * height, 2 * width
         x = self.head(self.norm(self.stage1(x)))  # (B, H W / p², 3 p²)
         return F.pixel_shuffle(to_map(x, height, width), self.patch_size).float()
@@ -461,22 +462,15 @@ class DINO(nn.Module):
         return [maps[-1], *maps]
 
 
-class BatchStatistics(nn.Module):
-    """Normalises each channel of (B, D, N) by the mean and variance of groups of eight images, then scales and shifts.
-
-    There are no running averages: a discriminator is always asked about a batch. Groups of eight make the result the
-    same for any batch or number of processes that is a multiple of eight.
-    """
+class ImageNorm(nn.InstanceNorm1d):
+    """Normalises each channel of (B, D, N) by its mean and variance over the tokens of each image, in float32. (RAE
+    calls it batch norm; its groups are single images.)"""
 
     def __init__(self, width):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        super().__init__(width, eps=1e-6, affine=True)
 
     def forward(self, x):
-        x = x.float().unflatten(0, (-1, 8 if len(x) % 8 == 0 else len(x))).transpose(0, 1)  # (8, G, D, N)
-        G = x.shape[1]
-        x = F.batch_norm(x.flatten(1, 2), None, None, self.weight.repeat(G), self.bias.repeat(G), training=True)
-        return x.unflatten(1, (G, -1)).transpose(0, 1).flatten(0, 1)  # (8, G D, N) -> (B, D, N)
+        return super().forward(x.float())
 
 
 class DiscriminatorHead(nn.Module):
@@ -490,7 +484,7 @@ class DiscriminatorHead(nn.Module):
             return spectral_norm(nn.Conv1d(width, outputs, kernel, padding=kernel // 2, padding_mode="circular"))
 
         def block(kernel):
-            return nn.Sequential(conv(width, kernel), BatchStatistics(width), nn.LeakyReLU(0.2))
+            return nn.Sequential(conv(width, kernel), ImageNorm(width), nn.LeakyReLU(0.2))
 
         self.block1, self.block9, self.out = block(1), block(9), conv(1, 1)
 
@@ -663,8 +657,8 @@ def guided(model, labels, null_class, cfg_scale=1.0, cfg_interval=(0.0, 1.0)):
     v_class elsewhere. One call runs both halves of the batch; none is spent where guidance changes nothing."""
     null = torch.full_like(labels, null_class)
 
-    def velocity(z, t):  # t stays on the CPU, where comparing it makes nobody wait
-        times = t.to(z.device).expand(len(z))
+    def velocity(z, t):  # t is on the CPU, where nobody waits to compare it
+        times = torch.full((len(z),), t.item(), device=z.device)
         if cfg_scale == 1 or not cfg_interval[0] <= t <= cfg_interval[1]:
             return model(z, times, labels)
         both = model(torch.cat([z, z]), times.repeat(2), torch.cat([labels, null]))

@@ -126,9 +126,6 @@ def check_constants(processes):
         check(globals()[name] > 0, f"{name}={globals()[name]} must be at least 1")
     shares = processes.count * accumulate
     check(batch_size % shares == 0, f"batch_size={batch_size} must be a multiple of {shares} (processes × accumulate)")
-    check(not adversarial_weight or batch_size // shares % 8 == 0,
-          f"batch_size={batch_size} must be a multiple of {8 * shares} (8, the discriminator's groups, × processes × "
-          "accumulate)")
     for name in ("warmup_epochs",) + (("freeze_prototypes_epochs",) if ssl_method != "none" else ()):
         check(globals()[name] <= epochs, f"{name}={globals()[name]} is more than epochs={epochs}")
     check(not pca_baseline or image_size <= 64, f"pca_baseline=True: image_size={image_size} must be at most 64 for it")
@@ -234,10 +231,10 @@ class Adversary:
         terms = self.learn(images, reconstruction) if epoch >= discriminator_start else {}
         if epoch < adversarial_start:
             return rec, terms
-        loss, more = self.decoder_loss(rec, images, reconstruction)
+        loss, more = self.decoder_loss(rec, reconstruction)
         return loss, {**terms, **more}
 
-    def decoder_loss(self, rec, images, reconstruction):
+    def decoder_loss(self, rec, reconstruction):
         """L_rec + λ_q w L_adv with L_adv = -mean D(reconstruction) and the adaptive weight
         w = ‖∇L_rec‖ / ‖∇L_adv‖ at the weights of the decoder's last layer -> that loss, {L_adv, w}.
 
@@ -245,7 +242,7 @@ class Adversary:
         and DINO are gone through backwards only once.
         """
         self.network.eval()  # spectral norm's power iteration goes on in the discriminator's own step
-        adversarial = -self.logits(self.network, images, reconstruction)[1].mean()
+        adversarial = -self.logits(self.network, reconstruction).mean()
         of_rec, = torch.autograd.grad(rec, reconstruction)
         of_adversarial, = torch.autograd.grad(adversarial, reconstruction)
         norms = []
@@ -258,19 +255,15 @@ class Adversary:
         through = (reconstruction * gradient).sum()  # its gradient is `gradient`, its value of no interest
         return value + (through - through.detach()), {"adversarial": adversarial.detach(), "adaptive_weight": weight}
 
-    def logits(self, network, images, reconstruction):
-        """Of real and of generated images, (B, 5 N) each. They stand in turn: so every group of eight has half of each,
-        here as there, and what tells them apart is not taken away with the group's mean."""
-        both = torch.stack([images, reconstruction], dim=1).flatten(0, 1)
+    def logits(self, network, images):
         with self.processes.autocast():
-            logits = network(augment_differentiably(both) if discriminator_augment else both)
-        return logits.unflatten(0, (-1, 2)).unbind(1)
+            return network(augment_differentiably(images) if discriminator_augment else images)  # (B, 5 N)
 
     def learn(self, images, reconstruction):
         """The hinge loss of one micro-batch, backwards too -> {loss, accuracy} of the discriminator."""
         self.network.train()
         fake = data.to_float(data.to_uint8(reconstruction.detach()), images.device)  # as 8 bits, like what is real
-        real, fake = self.logits(self.trained, images, fake)
+        real, fake = self.logits(self.trained, torch.cat([images, fake])).chunk(2)
         loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
         (loss / accumulate).backward()
         accuracy = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2

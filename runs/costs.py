@@ -89,10 +89,10 @@ def finetuning_row(constants):
     dino, attention = count(lambda: network(image))
     head = DiscriminatorHead(network.width)
     heads = sum(count(lambda: head(x))[0] for x in features)
-    # The discriminator sees the real image and the generated one, in one batch. When it learns, DINO is only run; the
-    # decoder's loss then goes forwards and backwards through all of it (attention takes two products, and four back).
+    # The discriminator learns from the real image and the generated one, with DINO only run; the decoder's loss then
+    # goes forwards and backwards through all of it (attention takes two products, and four back).
     alone = plain + 2 * (dino + 3 * heads)
-    both = alone + 2 * (2 * dino + attention + 2 * heads)
+    both = alone + 2 * dino + attention + 2 * heads
     epochs, start, counts = (constants[name] for name in ("epochs", "discriminator_start", "adversarial_start"))
     return plain, alone, both, (start * plain + (counts - start) * alone + (epochs - counts) * both) / epochs
 

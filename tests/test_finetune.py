@@ -13,7 +13,7 @@ import data
 import runtime
 import train_tokenizer
 from conftest import ROOT, fork_two
-from model import DINO, TCAE, BatchStatistics, Discriminator, DiscriminatorHead, augment_differentiably
+from model import DINO, TCAE, Discriminator, DiscriminatorHead, ImageNorm, augment_differentiably
 from test_train_dit import arguments, checkpoint, failure, log, run_here, tensors
 from test_train_tokenizer import TINY, stop_after
 
@@ -127,21 +127,17 @@ def test_any_image_is_resized_to_what_dino_expects(size):
     assert (images.grad != 0).all()
 
 
-def test_batch_statistics_are_those_of_groups_of_eight():
-    """Per channel over eight images and their tokens, as a loop in float64; sixteen are twice eight, so that batch and
-    number of processes do not matter. A batch that is no multiple of eight is one group."""
-    norm, x = BatchStatistics(3), torch.randn(16, 3, 5) * torch.tensor([1.0, 5.0, 0.1])[:, None] + 2
+def test_image_norm_is_over_the_tokens_of_each_image():
+    """Per image and channel, as a loop in float64: so neither batch nor number of processes matters."""
+    norm, x = ImageNorm(3), torch.randn(4, 3, 5) * torch.tensor([1.0, 5.0, 0.1])[:, None] + 2
     torch.nn.init.normal_(norm.weight), torch.nn.init.normal_(norm.bias)
-    for part, groups in (x, 2), (x[:8], 1), (x[:6], 1):
-        expected = torch.empty_like(part, dtype=torch.float64)
-        for rows in np.split(np.arange(len(part)), groups):
-            for c in range(3):
-                values = part[rows, c].double()
-                scale, shift = norm.weight[c].item(), norm.bias[c].item()
-                expected[rows, c] = (values - values.mean()) / (values.var(correction=0) + 1e-5).sqrt() * scale + shift
-        torch.testing.assert_close(norm(part).double(), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(norm(x)[8:], norm(x[8:]))
-    assert norm(x.bfloat16()).dtype == torch.float32
+    expected = torch.empty_like(x, dtype=torch.float64)
+    for k, c in np.ndindex(4, 3):
+        values, scale, shift = x[k, c].double(), norm.weight[c].item(), norm.bias[c].item()
+        expected[k, c] = (values - values.mean()) / (values.var(correction=0) + 1e-6).sqrt() * scale + shift
+    for mode in norm.train(), norm.eval():
+        torch.testing.assert_close(mode(x).double(), expected, rtol=1e-4, atol=1e-5)
+    assert norm(x.bfloat16()).dtype == torch.float32 and norm.state_dict().keys() == {"weight", "bias"}
 
 
 def test_a_head_is_what_it_should_be():
@@ -240,8 +236,7 @@ def plainly(adversary, rec_scale=1.0):
     torch.manual_seed(1)
     reconstruction = adversary.tcae(adversary.images)
     rec = rec_scale * F.l1_loss(reconstruction, adversary.images)
-    pairs = torch.stack([adversary.images, reconstruction], dim=1)  # real and generated in turn
-    adversarial = -adversary.network.eval()(augment_differentiably(pairs.flatten(0, 1)))[1::2].mean()
+    adversarial = -adversary.network.eval()(augment_differentiably(reconstruction)).mean()
     of_rec, of_adversarial = (torch.autograd.grad(loss, adversary.last_layer, retain_graph=True)[0]
                               for loss in (rec, adversarial))
     return rec, adversarial, (of_rec.norm() / (of_adversarial.norm() + 1e-6)).clamp(max=1e4)
@@ -251,7 +246,7 @@ def ours(adversary, rec_scale=1.0):
     torch.manual_seed(1)
     reconstruction = adversary.tcae(adversary.images)
     rec = rec_scale * F.l1_loss(reconstruction, adversary.images)
-    return adversary.decoder_loss(rec, adversary.images, reconstruction)
+    return adversary.decoder_loss(rec, reconstruction)
 
 
 @pytest.mark.parametrize("rec_scale", [1.0, 1000.0])
@@ -300,21 +295,18 @@ def test_the_discriminator_learns_and_nothing_else_does(adversary):
     assert all(p.grad is not None for p in adversary.network.heads.parameters())
 
     fake = data.to_float(data.to_uint8(reconstruction.detach()), "cpu")
-    def belongs(image, to):
-        return any(torch.equal(image, other) for other in to)
-    real = torch.tensor([belongs(image, adversary.images) for image in seen[0]])
-    assert len(real) == 16 and real.sum() == 8 and all(belongs(image, fake) for image in seen[0][~real])
-    logits = said[0].double()
-    hinge = ((1 - logits[real]).clamp(min=0).mean() + (1 + logits[~real]).clamp(min=0).mean()) / 2
-    accuracy = ((logits[real] > 0).double().mean() + (logits[~real] < 0).double().mean()) / 2
+    assert torch.equal(seen[0], torch.cat([adversary.images, fake]))
+    of_real, of_fake = said[0].double().chunk(2)
+    hinge = ((1 - of_real).clamp(min=0).mean() + (1 + of_fake).clamp(min=0).mean()) / 2
+    accuracy = ((of_real > 0).double().mean() + (of_fake < 0).double().mean()) / 2
     assert terms["discriminator"].item() == pytest.approx(hinge.item(), rel=1e-5)
     assert terms["discriminator_accuracy"].item() == pytest.approx(accuracy.item(), abs=1e-6)
-    for _ in range(40):
-        adversary.step(3e-3)
+    for _ in range(150):
+        adversary.step(1e-2)
         terms = adversary.learn(adversary.images, reconstruction)
-    assert terms["discriminator"] < 0.5 * hinge and terms["discriminator_accuracy"] > 0.9
-    _, terms = adversary.decoder_loss(reconstruction.sum(), adversary.images, reconstruction)
-    assert terms["adversarial"] > 0.5, "what it has learned about generated images is what the decoder is told"
+    assert terms["discriminator"] < 0.5 * hinge and terms["discriminator_accuracy"] > 0.8
+    _, terms = adversary.decoder_loss(reconstruction.sum(), reconstruction)
+    assert terms["adversarial"] > 0.2, "what it has learned about generated images is what the decoder is told"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -381,7 +373,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights(straight, 
 
 
 def test_two_processes_do_the_same(joint, finetune, tmp_path):
-    """With eight images each, and without the augmentation, for which each process has its own random numbers: the
+    """With half of the images each, and without the augmentation, for which each process has its own random numbers: the
     same terms, adaptive weight, decoder and heads."""
     same = dict(FINETUNE, init_from=joint, epochs=1, discriminator_start=0.2, adversarial_start=0.5, learning_rate=1e-4,
                 discriminator_augment=False)
@@ -463,7 +455,6 @@ def test_dino_s_weights_that_can_not_be_had_end_the_run_before_its_first_step(fi
     (dict(discriminator_size="16/4"), ["discriminator_size='16/4'"]),
     (dict(discriminator_input=20), ["discriminator_input=20", "8"]),
     (dict(discriminator_input=8), ["discriminator_input=8", "16"]),
-    (dict(batch_size=12), ["batch_size=12", "8"]), (dict(accumulate=4), ["batch_size=16", "32"]),
     (dict(decoder_ema=1), ["decoder_ema=1"]),
     (dict(init_from="/nonexistent.pt"), ["init_from=/nonexistent.pt"]),
 ])

@@ -143,6 +143,19 @@ def test_compiling_reaches_every_block_and_nothing_else(monkeypatch):
     assert len(set(map(id, compiled))) == len(compiled)
 
 
+@pytest.mark.parametrize("stc_depth, compression", [(0, "conv"), (1, "conv"), (1, "shuffle")])
+def test_tokens_stay_float32_and_contiguous_from_block_to_block(stc_depth, compression):
+    """Under autocast too: what a layer between blocks gives in bfloat16, or as a view of a map, would stay so in all
+    that follow, since x + attention(x) keeps both."""
+    tcae, seen = build(stc_depth=stc_depth, compression=compression), []
+    for block in tcae.modules():
+        if isinstance(block, Block):
+            block.register_forward_hook(lambda _, x, y: seen.extend([x[0], y]))
+    with torch.autocast("cpu", torch.bfloat16):
+        tcae(torch.rand(2, 3, 32, 32))
+    assert len(seen) == 8 and all(x.dtype == torch.float32 and x.is_contiguous() for x in seen)
+
+
 def test_block_equals_timm_s():
     """With the same weights, under the same names: what is known about ViTs holds for ours."""
     torch.manual_seed(0)
