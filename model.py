@@ -639,9 +639,10 @@ class LightningDiT(nn.Module):
 
 def shift_time(t, latent_shape, shift_base=4096):
     """t' = s t / (1 + (s - 1) t), s = √(c h w / shift_base): the more numbers a latent has, the more noise it takes to
-    hide it, and the later on the line the interesting times lie. t: tensor; latent_shape (c, h, w)."""
+    hide it, and the later on the line the interesting times lie. s is never below 1, which would train small latents at
+    little noise almost alone (RAE's code refuses it). t: tensor; latent_shape (c, h, w)."""
     c, h, w = latent_shape
-    s = (c * h * w / shift_base) ** 0.5
+    s = max(1.0, c * h * w / shift_base) ** 0.5
     return s * t / (1 + (s - 1) * t)
 
 

@@ -4,8 +4,9 @@
     python sample.py --checkpoint=out/dit/checkpoint.pt --classes=207,360 --per_class=4       # of these two classes
     torchrun --nproc_per_node=8 sample.py --num_samples=50000 --cfg_scale=1.5                 # an .npz, for FID
 
-Sample i depends on (seed, i) and its class alone, not on batch size or number of processes. Writes out_dir/samples.png,
-or out_dir/samples.npz: arr_0 uint8 (N, H, W, 3), what ADM's evaluator reads, and arr_1 the classes (N,).
+Sample i depends on (seed, i) and its class alone, but for rounding not on batch size or number of processes. Writes
+out_dir/samples.png, or out_dir/samples.npz: arr_0 uint8 (N, H, W, 3), what ADM's evaluator reads, and arr_1 the classes
+(N,).
 """
 import os
 
@@ -99,11 +100,11 @@ def main():
         store.put(indices, draw(dit, tcae, indices, labels[indices], shape, saved["constants"]["shift_base"],
                                 processes).numpy())
         if processes.stop:
-            store.flush()
-            processes.print(f"SIGTERM: {part} keeps what is drawn; the same command goes on from there")
-            raise SystemExit(0)
+            break
     store.flush()
-    processes.wait()
+    if processes.stop_requested():  # asked only here, since processes have different numbers of batches
+        processes.print(f"SIGTERM: {part} keeps what is drawn; the same command goes on from there")
+        return processes.close()
     if processes.first:
         if num_samples:
             np.savez(path, arr_0=store.items, arr_1=labels)

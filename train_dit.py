@@ -30,7 +30,7 @@ workers = 4  # loading processes per training process; 0 = load in the training 
 # Generator
 size = "XL"  # S, B, L, XL (675 M) or width/depth/heads such as 192/6/6
 label_dropout = 0.1  # share of labels replaced by the null class, for guidance
-shift_base = 4096  # numbers in a latent for which times are not shifted; others are by √(their numbers / shift_base)
+shift_base = 4096  # a latent of more numbers has its times shifted towards noise, by √(its numbers / shift_base)
 
 # Optimisation (RAE's recipe; 80 epochs for the ablations, 800 for Table 4)
 epochs = 80
@@ -146,13 +146,15 @@ def fill_cache(store, tcae, source, image_size, bad_files, processes):
             both = torch.stack([pixels, pixels.flip(2)], dim=1).flatten(0, 1)  # (2 b, H, W, 3): image, mirror image, …
             z = encode_pixels(tcae, both, processes).cpu().unflatten(0, (-1, 2))  # (b, 2, c, h, w)
             store.put(indices.numpy(), z.numpy())
-        if processes.stop:  # each process by itself: their numbers of batches differ
-            store.flush()
-            processes.print(f"SIGTERM: {store.path} keeps what is encoded; the next run goes on from there")
-            raise SystemExit(0)
+        if processes.stop:
+            break
+    store.flush()
+    if processes.stop_requested():  # asked only here, since processes have different numbers of batches
+        processes.print(f"SIGTERM: {store.path} keeps what is encoded; the next run goes on from there")
+        processes.close()
+        raise SystemExit(0)
     store.state[todo[store.state[todo] == 0]] = 2  # those could not be decoded
     store.flush()
-    processes.wait()
     bad_files.report(processes.gather(bad), processes)
 
 
@@ -232,6 +234,9 @@ def main():
     if resumed:
         runtime.check_resumable(resumed["constants"], constants, FREE)
     processes = runtime.Processes(device, resumed["dtype"] if resumed else dtype, seed)
+    if resumed and resumed["finished"]:
+        processes.print(f"{path} is finished: step {resumed['step']}")
+        return processes.close()
     check_constants(processes)
     os.makedirs(out_dir, exist_ok=True)
 
@@ -241,6 +246,8 @@ def main():
           f"tokenizer={tokenizer} encodes otherwise than the one that {path} was trained on")
     tcae = TCAE.from_checkpoint(saved).to(on)
     source, class_names, bad_files = open_latents(tcae, saved, processes)
+    check(not resumed or (resumed["images"], resumed["classes"]) == (len(source), class_names),
+          f"data_dir has {len(source)} training images of {len(class_names)} classes, others than {path} began with")
     shape, classes = latent_shape(saved), len(class_names)
     steps_per_epoch = len(source) // batch_size
     steps, decay_step = epochs * steps_per_epoch, round((decay_epoch or epochs) * steps_per_epoch)
@@ -255,9 +262,6 @@ def main():
     start = 0
     if resumed:
         start = resumed["step"]
-        if start == steps:
-            processes.print(f"{path} is finished: step {start}")
-            return processes.close()
         model.load_state_dict(resumed["model"])
         ema.load_state_dict(resumed["ema"])
         optimizer.load_state_dict(resumed["optimizer"])
@@ -267,7 +271,8 @@ def main():
         if processes.first:
             runtime.save_checkpoint(path, {
                 "kind": "dit", "constants": constants, "dtype": str(processes.dtype).removeprefix("torch."),
-                "revision": runtime.git_revision(), "step": step, "latents_of": runtime.latents_of(saved),
+                "revision": runtime.git_revision(), "step": step, "finished": step == steps, "images": len(source),
+                "latents_of": runtime.latents_of(saved),
                 "latent_shape": shape, "classes": class_names, "model": model.state_dict(), "ema": ema.state_dict(),
                 "optimizer": optimizer.state_dict()})
 

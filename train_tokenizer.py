@@ -79,7 +79,7 @@ min_learning_rate = 1e-6  # at the end
 warmup_epochs = 5.0
 betas = (0.9, 0.95)  # AdamW
 weight_decay = 0.04  # of matrices; biases, norms and tokens have none
-grad_clip = 3.0  # largest norm of the whole gradient; 0 = any
+grad_clip = 3.0  # largest norm of the whole gradient (iBOT's bound is for each tensor's); 0 = any
 
 # The run
 out_dir = "out/tokenizer"
@@ -386,9 +386,10 @@ def main():
             globals()[name] = constants[name] = given["constants"][name]
     if saved:
         runtime.check_resumable(saved["constants"], constants, FREE)
-        if saved["finished"]:
-            return print(f"{path} is finished: step {saved['step']}")
     processes = runtime.Processes(device, saved["dtype"] if saved else dtype, seed)
+    if saved and saved["finished"]:
+        processes.print(f"{path} is finished: step {saved['step']}")
+        return processes.close()
     check_constants(processes)
 
     train, val = (data.open_split(data_dir, split, image_size, shapes_images) for split in ("train", "val"))

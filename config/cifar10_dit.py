@@ -3,7 +3,6 @@ tokenizer = "out/cifar10_tokenizer/checkpoint.pt"
 out_dir = "out/cifar10_dit"
 workers = 2
 size = "384/12/6"
-shift_base = 128  # as in config/shapes_dit.py
 epochs = 200
 batch_size = 256
 learning_rate = 5e-4

@@ -2,7 +2,7 @@
 taken over from there; lpips_weight is not."""
 out_dir = "out/finetuned"
 ssl_method = "none"
-alpha = 1.0  # nothing to balance the reconstruction against
+alpha = 1.0  # nothing to balance the reconstruction against (Table 7 prints 0, which would leave it out)
 adversarial_weight = 0.75
 decoder_ema = 0.9978  # RAE's
 epochs = 16

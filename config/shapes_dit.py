@@ -3,7 +3,6 @@ tokenizer = "out/shapes_tokenizer/checkpoint.pt"
 out_dir = "out/shapes_dit"
 workers = 1
 size = "192/6/6"
-shift_base = 128  # no shift: by the paper's 4096 a latent of 128 numbers would train at little noise almost alone
 epochs = 8
 batch_size = 64
 learning_rate = 2e-3

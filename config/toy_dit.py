@@ -1,7 +1,6 @@
 """The generator beside config/toy_tokenizer.py."""
 workers = 0
 size = "64/2/4"
-shift_base = 128
 epochs = 1
 batch_size = 32
 learning_rate = 1e-3

@@ -223,19 +223,17 @@ def test_position_and_norm_are_where_the_recipe_has_them():
 
 
 def test_time_is_shifted_by_the_latent_s_size():
-    """SD3's formula; both ends stay, the order stays, and 4096 numbers are the size at which nothing moves."""
+    """SD3's formula; both ends stay, the order stays, and 4096 numbers are the size up to which nothing moves."""
     t = torch.linspace(0, 1, 101, dtype=torch.float64)
     for shape in (128, 8, 8), (32, 8, 8), (6, 4, 4), (16, 32, 32):
-        s = math.sqrt(math.prod(shape) / 4096)
+        s = max(1, math.sqrt(math.prod(shape) / 4096))
         shifted = shift_time(t, shape)
         for a, b in zip(t.tolist(), shifted.tolist()):
             assert b == pytest.approx(s * a / (1 + (s - 1) * a), abs=1e-12)
         assert shifted[0] == 0 and shifted[-1] == pytest.approx(1, abs=1e-12) and (shifted.diff() > 0).all()
-        assert (shifted[1:-1] > t[1:-1]).all() if s > 1 else (shifted[1:-1] < t[1:-1]).all()
+        assert (shifted[1:-1] > t[1:-1]).all() if s > 1 else torch.equal(shifted, t)  # a small latent's are not
     half = shift_time(torch.tensor(0.5), SHAPE).item()  # s = √2 in the paper's case
     assert half == pytest.approx(math.sqrt(2) / 2 / (1 + (math.sqrt(2) - 1) / 2)) and half > 0.58
-    torch.testing.assert_close(shift_time(t, (64, 8, 8)), t)
-    torch.testing.assert_close(shift_time(t, (8, 4, 4), shift_base=128), t)
     torch.testing.assert_close(shift_time(t, SHAPE, shift_base=1024), shift_time(t, (4 * SHAPE[0], *SHAPE[1:])))
 
 
@@ -310,7 +308,7 @@ def gaussian_velocity(mu, sigma):
 
 def shifted_grid(steps, shape):
     """The times that a sampler must stop at, from the formula alone."""
-    s = math.sqrt(math.prod(shape) / 4096)
+    s = max(1, math.sqrt(math.prod(shape) / 4096))
     return [s * u / (1 + (s - 1) * u) for u in (1 - k / steps for k in range(steps + 1))]
 
 

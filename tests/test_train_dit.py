@@ -19,7 +19,7 @@ import runtime
 import sample
 import train_dit
 import train_tokenizer
-from conftest import ROOT, clean_environment, run_script
+from conftest import ROOT, clean_environment, fork_two, run_script
 from model import TCAE, LightningDiT
 
 IMAGES, SHAPE = 160, (6, 4, 4)  # two batches to encode, of 128 and 32; the latents' shape
@@ -28,7 +28,7 @@ TOKENIZER = dict(data_dir="shapes", shapes_images=IMAGES, image_size=32, patch_s
                  batch_size=16, learning_rate=3e-3, warmup_epochs=0.2, workers=0, device="cpu", dtype="float32",
                  log_every=10, val_images=16, stats_images=IMAGES)
 TINY = dict(size="32/2/2", epochs=4, decay_epoch=4, batch_size=16, learning_rate=1e-3, ema_momentum=0.9, workers=0,
-            device="cpu", dtype="float32", log_every=1, sample_steps=2)
+            shift_base=48, device="cpu", dtype="float32", log_every=1, sample_steps=2)
 SAMPLE = dict(steps=4, cfg_scale=20, device="cpu", dtype="float32")  # so much guidance, because so little is learned
 
 
@@ -403,7 +403,7 @@ def test_steps_take_the_examples_of_seed_epoch_and_image(base, train, steps_seen
     train(epochs=2, decay_epoch=2, seed=3)
     store = data.Store(str(base / "latents.cache"), None, IMAGES, (2, *SHAPE), np.float16)
     items = data.Augmented(train_dit.Latents(store, [i % 10 for i in range(IMAGES)]), example(), 3)
-    s = np.sqrt(6 * 4 * 4 / 4096)
+    s = np.sqrt(6 * 4 * 4 / 48)
     for step, order in zip(steps_seen, data.Order(IMAGES, 16, 0, 20, 3), strict=True):
         drawn = [items[position][0] for position in order]
         t = np.array([each["t"] for each in drawn])
@@ -505,7 +505,7 @@ def test_a_loss_that_breaks_stops_the_run_and_keeps_the_checkpoint(train, tmp_pa
 
 def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights(base, train, tmp_path):
     """SIGTERM in the middle saves and exits 0, though the loading worker gets it too; resumed, all tensors are the same
-    bit for bit. In between a second run in the same folder, another constant and another tokenizer are refused."""
+    bit for bit. In between a second run in the same folder, another constant, tokenizer or data set are refused."""
     command = [sys.executable, "train_dit.py", *arguments({**constants(base, tmp_path), "workers": 1})]
     process = subprocess.Popen(command, cwd=ROOT, text=True, env=clean_environment(), stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL, start_new_session=True)
@@ -525,6 +525,10 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights(base, trai
     assert "learning_rate was 0.001, is 0.5" in message and "workers" not in message
     other = changed_tokenizer(base, tmp_path / "other.pt", "bottleneck.mlp.fc2.weight")
     assert f"tokenizer={other}" in failure(train, resume=True, tokenizer=other)
+    state = checkpoint(tmp_path)
+    (tmp_path / "other").mkdir()
+    torch.save({**state, "classes": state["classes"][::-1]}, tmp_path / "other" / "checkpoint.pt")
+    assert "data_dir" in failure(train, resume=True, out_dir=tmp_path / "other")
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
     train(resume=True, save_every=7)
@@ -534,10 +538,12 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights(base, trai
     assert [line["step"] for line in log(tmp_path)] == list(range(1, 41))
 
 
-def test_a_finished_run_that_is_resumed_changes_nothing(base, train):
-    """A job that is queued again after its end."""
+def test_a_finished_run_that_is_resumed_changes_nothing(base, train, tmp_path, capsys):
+    """A job that is queued again after its end: it says so, and does not even encode."""
     before = {name: tensor.clone() for name, tensor in tensors(checkpoint(base / "run")).items()}
-    train(resume=True, out_dir=base / "run")
+    capsys.readouterr()
+    train(resume=True, out_dir=base / "run", cache=tmp_path / "none.cache")
+    assert "is finished: step 40" in capsys.readouterr().out and not (tmp_path / "none.cache").exists()
     after = tensors(checkpoint(base / "run"))
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
@@ -640,7 +646,7 @@ def test_a_sample_is_the_decoded_end_of_its_flow(base, samples):
     dit = LightningDiT("32/2/2", 6, 4, 10).requires_grad_(False)
     dit.load_state_dict(state["ema"])
     tcae = TCAE.from_checkpoint(checkpoint(base / "tokenizer"))
-    s = np.sqrt(6 * 4 * 4 / 4096)
+    s = np.sqrt(6 * 4 * 4 / 48)
     for i in 0, 17:
         z = torch.from_numpy(np.random.default_rng([0, i]).standard_normal((1, *SHAPE), np.float32))
         for k in range(4):
@@ -682,8 +688,8 @@ def test_the_picture_shows_a_column_per_class(draw, monkeypatch):
     assert [path.name for path in folder.iterdir()] == ["samples.png"]
 
 
-def test_sampling_that_is_stopped_goes_on_where_it_stopped(samples, draw, tmp_path, monkeypatch):
-    """SIGTERM during the first batch: exit status 0, and the same command draws the other samples alone."""
+def test_sampling_that_is_stopped_goes_on_where_it_stopped(samples, draw, tmp_path, monkeypatch, capsys):
+    """SIGTERM during the first batch: what is drawn is kept, and the same command draws the other samples alone."""
     same, drawn, draw_batch = dict(num_samples=23, batch_size=7), [], sample.draw
 
     def interrupted(*given):
@@ -692,15 +698,31 @@ def test_sampling_that_is_stopped_goes_on_where_it_stopped(samples, draw, tmp_pa
 
     with monkeypatch.context() as patch:
         patch.setattr(sample, "draw", interrupted)
-        with pytest.raises(SystemExit) as stopped:
-            draw(**same)
-    assert stopped.value.code == 0 and [path.name for path in (tmp_path / "samples").iterdir()] == ["samples.part"]
+        draw(**same)
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["samples.part"]
+    assert f"SIGTERM: {tmp_path / 'samples' / 'samples.part'}" in capsys.readouterr().out
     monkeypatch.setattr(sample, "draw", lambda dit, tcae, indices, *others:
                         (drawn.extend(indices), draw_batch(dit, tcae, indices, *others))[1])
     folder = draw(**same)
     assert drawn == list(range(7, 23))
     assert_the_same_images(npz(folder)[0], samples[0])
     assert [path.name for path in folder.iterdir()] == ["samples.npz"]
+
+
+def test_processes_that_are_done_wait_for_the_one_that_is_stopped(draw, tmp_path, monkeypatch):
+    """Two samples each, one at a time; SIGTERM reaches the second process alone, during its first one."""
+    draw_batch = sample.draw
+
+    def interrupted(*given):
+        if os.environ["RANK"] == "1":
+            signal.raise_signal(signal.SIGTERM)
+        return draw_batch(*given)
+
+    monkeypatch.setattr(sample, "draw", interrupted)
+    fork_two(draw, num_samples=4, batch_size=1)
+    with open(tmp_path / "samples" / "samples.part", "rb") as file:
+        file.seek(data.Store.HEADER)
+        assert list(file.read(4)) == [1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("changes", [dict(seed=1), dict(steps=3), dict(cfg_scale=3), dict(num_samples=24),
@@ -715,8 +737,7 @@ def test_another_call_does_not_go_on_with_samples_that_were_begun(draw, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(sample, "draw", interrupted)
-        with pytest.raises(SystemExit):
-            draw(num_samples=23, batch_size=7)
+        draw(num_samples=23, batch_size=7)
     monkeypatch.setattr(sample, "draw", lambda dit, tcae, indices, *others:
                         (drawn.extend(indices), draw_batch(dit, tcae, indices, *others))[1])
     draw(**{"num_samples": 23, **changes})
