@@ -507,7 +507,7 @@ def cropped(source, name, size, processes, images=0, title="", keep_empty=False)
 def open_feature_net(processes, side):
     """Raises MissingWeights."""
     if feature_net == "none":
-        raise runtime.MissingWeights("feature_net=none (else it takes Inception's weights, 91 MB)")
+        raise runtime.MissingWeights("feature_net=none (else it takes Inception's weights, 95 MB)")
     if feature_net:
         return FeatureNet(feature_net, side, processes.device)
     return Inception.pretrained(runtime.published(*INCEPTION, processes)).to(processes.device).eval()
@@ -516,7 +516,7 @@ def open_feature_net(processes, side):
 def open_lpips(processes):
     """Raises MissingWeights."""
     if lpips_net == "none":
-        raise runtime.MissingWeights("lpips_net=none (else it takes VGG's weights, 528 MB)")
+        raise runtime.MissingWeights("lpips_net=none (else it takes VGG's weights, 550 MB)")
     return runtime.load_lpips(lpips_net, processes)
 
 
