@@ -10,8 +10,8 @@ losses. Nothing here has parameters; the head is in model.py.
 
 The name is taken: `import ssl` anywhere in this project's processes, in urllib or pip or torch.hub, finds this file
 instead of Python's TLS module. So it runs that module's code first, in its own namespace, and *is* the TLS module with
-iBOT on top. For the same reason numpy, Pillow, torch and data.py load only when they are used: who wants TLS may not
-have them.
+iBOT on top. For the same reason numpy, Pillow, torch and data.py load only when they are used: a program that only
+wants TLS may not have them.
 """
 import importlib
 import math
