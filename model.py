@@ -449,9 +449,7 @@ class DINO(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
 
     def forward(self, images):
-        if images.shape[2:] != (self.input_size, self.input_size):
-            shrink = images.shape[2] > self.input_size
-            images = F.interpolate(images, (self.input_size, self.input_size), mode="area" if shrink else "bicubic")
+        images = F.interpolate(images, (self.input_size, self.input_size), mode="bilinear")
         x = (images / 2 + 0.5 - self.mean) / self.std
         x = to_tokens(self.patch_embed["proj"](x))  # (B, N, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed

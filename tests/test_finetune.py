@@ -117,9 +117,9 @@ def test_the_bias_of_dino_s_keys_does_nothing():
 
 @pytest.mark.parametrize("size", [16, 32, 40])
 def test_any_image_is_resized_to_what_dino_expects(size):
-    """By areas if it is larger, cubic if it is smaller; the gradient comes back to every pixel."""
+    """Bilinearly, as RAE does; what has that size already stays as it is. The gradient comes back to every pixel."""
     dino, images = DINO("16/4/2", input_size=32), torch.rand(2, 3, size, size, requires_grad=True)
-    resized = F.interpolate(images, (32, 32), mode="area" if size > 32 else "bicubic") if size != 32 else images
+    resized = F.interpolate(images, (32, 32), mode="bilinear") if size != 32 else images
     maps = dino(images)
     assert len(maps) == 5 and maps[0].shape == (2, 16, 16)
     assert all(map(torch.equal, maps, dino(resized)))
