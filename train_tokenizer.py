@@ -416,9 +416,11 @@ def main():
         final = copy.deepcopy(tcae).requires_grad_(False) if decoder_ema else tcae
     adversary = Adversary(tcae.decoder.head.weight, processes) if adversarial_weight else None
     try:
-        perceptual = lpips_weight and runtime.lpips_in_autocast(runtime.load_lpips("vgg", processes), processes)
+        perceptual = runtime.load_lpips("vgg", processes) if lpips_weight else None
     except runtime.MissingWeights as error:
         runtime.fail(f"{error}, or do without the perceptual loss: --lpips_weight=0")
+    if perceptual:
+        runtime.lpips_in_autocast(perceptual, processes)
     model = JointTokenizer(tcae, heads, multi_crop and multi_crop.masks)
     optimizer = build_optimizer(model, on)
     processes.print(f"parameters: encoder {count_parameters(tcae.encoder, tcae.bottleneck):.1f} M, "
