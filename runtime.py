@@ -2,7 +2,7 @@
 
     configure            the constants of a script, overridden by a config file and by the command line
     Processes            this process among the others: device, precision, sums over all, SIGTERM
-    save_checkpoint, load_checkpoint, check_resumable, fingerprint, latents_of
+    open_run, make_folder, save_checkpoint, load_checkpoint, check_resumable, fingerprint, latents_of
     Log, Progress        log.jsonl, and the bar with it
     cosine, update_average    the learning rate's schedule (and the teacher's momentum); the teacher's weights, the EMA
     published, load_lpips, lpips_in_autocast    weights that others trained, with a checksum
@@ -71,7 +71,11 @@ def configure(script, arguments=None):
     for path in (a for a in arguments if not a.startswith("-")):
         if not Path(path).is_file():
             fail(f"there is no config file {path} (constants are given as --name=value)")
-        for name, value in runpy.run_path(path).items():
+        try:
+            overrides = runpy.run_path(path)
+        except Exception as error:
+            fail(f"{path} is no config file, or it is wrong: {type(error).__name__}: {error}")
+        for name, value in overrides.items():
             if not name.startswith("_"):
                 override(name, value, path)
     for argument in (a for a in arguments if a.startswith("-")):
@@ -227,6 +231,23 @@ class Processes:
 # Checkpoints and logs
 
 
+def open_run(out_dir, resume):
+    """-> the path of a run's checkpoint, and what is in it if the run is to be resumed and it is there, else None."""
+    path = os.path.join(out_dir, "checkpoint.pt")
+    check(resume or not os.path.exists(path),
+          f"out_dir={out_dir} holds a run already: --resume=True goes on with it, another --out_dir begins a new one")
+    return path, load_checkpoint(path, "out_dir") if resume and os.path.exists(path) else None
+
+
+def make_folder(out_dir):
+    """Makes the folder, if it is not there yet."""
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+    except OSError as error:
+        fail(f"out_dir={out_dir} can't be made: {error.strerror}", everywhere=False)
+    check(os.access(out_dir, os.W_OK), f"out_dir={out_dir} can't be written to")
+
+
 def save_checkpoint(path, state):
     """Writes one file, whole or not at all: to a temporary name first, then renamed."""
     temporary = Path(f"{path}.tmp")
@@ -244,6 +265,7 @@ def load_checkpoint(path, name, kind=None):
     except Exception as error:
         fail(f"{name}={path} is not a checkpoint of this project, or it is damaged: "
              f"{str(error).splitlines()[0]}", everywhere=False)
+    check(isinstance(state, dict), f"{name}={path} is not a checkpoint of this project")
     check(kind in (None, state.get("kind")), f"{name}={path} is a checkpoint of something else: {state.get('kind')}")
     check(kind != "tokenizer" or state["finished"],
           f"{name}={path} is of a run that has not ended, so its latents' mean and std are not measured yet: finish it "

@@ -4,8 +4,8 @@
     python sample.py --checkpoint=out/dit/checkpoint.pt --classes=207,360 --per_class=4       # of these two classes
     torchrun --nproc_per_node=8 sample.py --num_samples=50000 --cfg_scale=1.5                 # an .npz, for FID
 
-Sample i depends on (seed, i) and its class alone, but for rounding not on batch size or number of processes. Writes
-out_dir/samples.png, or out_dir/samples.npz: arr_0 uint8 (N, H, W, 3), what ADM's evaluator reads, and arr_1 the classes
+Sample i depends on (seed, i) and its class alone; batch size and number of processes change it by rounding at most.
+Writes out_dir/samples.png, or out_dir/samples.npz: arr_0 uint8 (N, H, W, 3), what ADM's evaluator reads, and arr_1 the classes
 (N,).
 """
 import os
@@ -84,7 +84,7 @@ def main():
     dit, tcae = dit.to(processes.device).eval(), TCAE.from_checkpoint(saved_tokenizer).to(processes.device)
     labels = np.arange(num_samples) % len(names) if num_samples else np.tile(parse_classes(names), per_class)
 
-    os.makedirs(out_dir, exist_ok=True)
+    runtime.make_folder(out_dir)
     path = os.path.join(out_dir, "samples.npz" if num_samples else "samples.png")
     part = os.path.join(out_dir, "samples.part")
     side = saved_tokenizer["constants"]["image_size"]

@@ -227,10 +227,7 @@ def draw_samples(ema, tcae, shape, class_names, path, processes):
 
 def main():
     constants = runtime.configure(globals())
-    path = os.path.join(out_dir, "checkpoint.pt")
-    check(resume or not os.path.exists(path),
-          f"out_dir={out_dir} holds a run already: --resume=True goes on with it, another --out_dir begins a new one")
-    resumed = runtime.load_checkpoint(path, "out_dir") if resume and os.path.exists(path) else None
+    path, resumed = runtime.open_run(out_dir, resume)
     if resumed:
         runtime.check_resumable(resumed["constants"], constants, FREE)
     processes = runtime.Processes(device, resumed["dtype"] if resumed else dtype, seed)
@@ -238,7 +235,7 @@ def main():
         processes.print(f"{path} is finished: step {resumed['step']}")
         return processes.close()
     check_constants(processes)
-    os.makedirs(out_dir, exist_ok=True)
+    runtime.make_folder(out_dir)
 
     on = processes.device
     saved = runtime.load_checkpoint(tokenizer, "tokenizer", kind="tokenizer")
@@ -327,7 +324,8 @@ def main():
             return processes.close()
         if drawing and processes.first:
             draw_samples(ema, tcae, shape, class_names, picture, processes)
-        progress.start_clock() if drawing else None
+        if drawing:
+            progress.start_clock()
     progress.bar.close()
     processes.print(f"wrote {path} and {picture}: step {steps}")
     processes.close()

@@ -67,7 +67,7 @@ adversarial_start = 8.0  # epoch from which its loss counts
 discriminator_weights = "dino"  # of the frozen ViT-S/8 under the trained heads; "random", for tests and experiments
 discriminator_size = "S"  # of that ViT; another one than S only with random weights
 discriminator_input = 224  # pixels to which it resizes what it sees
-discriminator_augment = True  # colours and places are varied before it looks
+discriminator_augment = True  # DiffAugment: random colours and shifts of all that it sees
 decoder_ema = 0.0  # momentum of the averaged decoder, which is the one that is kept; 0 = none
 
 # Optimisation (Table 7, left)
@@ -126,6 +126,8 @@ def check_constants(processes):
         check(globals()[name] > 0, f"{name}={globals()[name]} must be at least 1")
     shares = processes.count * accumulate
     check(batch_size % shares == 0, f"batch_size={batch_size} must be a multiple of {shares} (processes × accumulate)")
+    check(ssl_method != "dinov2" or batch_size > shares,
+          f"batch_size={batch_size} must be at least {2 * shares}: KoLeo compares images of one process and micro-batch")
     for name in ("warmup_epochs",) + (("freeze_prototypes_epochs",) if ssl_method != "none" else ()):
         check(globals()[name] <= epochs, f"{name}={globals()[name]} is more than epochs={epochs}")
     check(not pca_baseline or image_size <= 64, f"pca_baseline=True: image_size={image_size} must be at most 64 for it")
@@ -227,7 +229,8 @@ class Adversary:
         self.optimizer.load_state_dict(state["optimizer"])
 
     def __call__(self, rec, images, reconstruction, epoch):
-        """The decoder's loss in place of L_rec, and terms for the log. The discriminator's gradients are left in it."""
+        """rec = L_rec, a scalar; images, reconstruction (B, 3, H, W); epoch, a float -> the decoder's loss, which takes
+        the place of L_rec, and terms for the log. The discriminator's own gradients wait in it for step()."""
         terms = self.learn(images, reconstruction) if epoch >= discriminator_start else {}
         if epoch < adversarial_start:
             return rec, terms
@@ -277,8 +280,8 @@ class Adversary:
 
 
 def losses(model, teacher, ibot, perceptual, adversary, views, share_done, processes):
-    """One micro-batch forward -> the loss and its terms by name (scalars; those for the log alone among them).
-    share_done: of the training, 0 to 1."""
+    """The forward pass of one micro-batch -> the loss to minimise, and {name: scalar} of its terms and of what is only
+    logged. share_done: how much of the training is done, 0 to 1."""
     images = views["images"]
     with processes.autocast():
         reconstruction, student = model(images, views if ibot else None)
@@ -375,13 +378,14 @@ def pca_psnr(train, val, values, processes):
 
 
 def main():
+    defaults = {name: globals()[name] for name in TAKEN_OVER}
     constants = runtime.configure(globals())
-    path = os.path.join(out_dir, "checkpoint.pt")
-    check(resume or not os.path.exists(path),
-          f"out_dir={out_dir} holds a run already: --resume=True goes on with it, another --out_dir begins a new one")
-    saved = runtime.load_checkpoint(path, "out_dir") if resume and os.path.exists(path) else None
+    path, saved = runtime.open_run(out_dir, resume)
     given = saved or (runtime.load_checkpoint(init_from, "init_from", kind="tokenizer") if init_from else None)
     if init_from:
+        for name in TAKEN_OVER:
+            check(constants[name] in (defaults[name], given["constants"][name]), f"{name}={constants[name]}: "
+                  f"init_from={init_from} was trained with {given['constants'][name]} and keeps it; leave it out")
         for name in TAKEN_OVER + (() if data_dir else ("data_dir",)):
             globals()[name] = constants[name] = given["constants"][name]
     if saved:
@@ -458,7 +462,7 @@ def main():
     teachers = [*teacher["encoder"].parameters(), *teacher["heads"].parameters()] if ibot else []
     model = processes.distribute(model)
 
-    os.makedirs(out_dir, exist_ok=True)
+    runtime.make_folder(out_dir)
     picture = os.path.join(out_dir, "reconstructions.png")
     bad_files, bad_val_files = data.BadFiles(train), data.BadFiles(val)
     loader = iter(data.batches(train, StepViews(multi_crop), batch_size, start, steps, seed, processes, accumulate,
@@ -516,7 +520,8 @@ def main():
         if evaluating:
             psnr = validate(final, val, bad_val_files, processes, picture)
             progress.write(val_psnr=psnr)
-            progress.bar.write(f"step {done}: validation PSNR {psnr:.2f} dB") if processes.first else None
+            if processes.first:
+                progress.bar.write(f"step {done}: validation PSNR {psnr:.2f} dB")
             progress.start_clock()
     progress.bar.close()
 

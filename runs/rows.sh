@@ -47,7 +47,7 @@ toy() { # a row's constants at the toy's scale: 32 px for 256, 4 blocks for 12, 
             --latent_channels=*) echo "--latent_channels=$((value / 16))" ;;
             --decoder=B) echo "--decoder=96/4/4" ;;
             --decoder=L) echo "--decoder=128/8/4" ;;
-            --*_crop_size=*) ;;
+            --*_crop_size=* | --local_crops=*) ;;
             *) echo "$constant" ;;
         esac
     done
@@ -77,6 +77,7 @@ generator() { # name of a row whose tokenizer is there, constants of train_dit.p
     local out=$OUT/$1
     launch train_dit.py ${DIT[@]+"${DIT[@]}"} "${@:2}" --tokenizer="$out/tokenizer/checkpoint.pt" --out_dir="$out/dit" \
         --resume=True
+    [ "$PYTHON" = echo ] || finished "$out/dit/checkpoint.pt"
     for cfg in 1 "$CFG"; do
         [ -f "$out/samples-$cfg.json" ] && continue
         launch sample.py --checkpoint="$out/dit/checkpoint.pt" --tokenizer="${DECODER:-$out/tokenizer/checkpoint.pt}" \
@@ -84,6 +85,12 @@ generator() { # name of a row whose tokenizer is there, constants of train_dit.p
         launch eval.py --samples="$out/samples-$cfg/samples.npz" --reference="$REFERENCE" \
             --out="$out/samples-$cfg.json" ${NET[@]+"${NET[@]}"}
     done
+}
+
+finished() { # train_dit.py ends well after SIGTERM too, and half a generator must not get into a table
+    "$PYTHON" - "$1" <<<'import sys, torch
+path = sys.argv[1]
+sys.exit(None if torch.load(path, weights_only=True, mmap=True)["finished"] else f"{path} is not finished: call again")'
 }
 
 row() {

@@ -319,7 +319,7 @@ def test_a_finetuning_changes_the_decoder_alone(joint, straight):
     before, after = runtime.load_checkpoint(joint, "init_from"), runtime.load_checkpoint(
         straight / "checkpoint.pt", "tokenizer", kind="tokenizer")
     for name in train_tokenizer.TAKEN_OVER + ("data_dir",):
-        assert after["constants"][name] == before["constants"][name] == TINY[name] if name in TINY else "conv", name
+        assert after["constants"][name] == before["constants"][name] == TINY.get(name, "conv"), name
     same = {name for name in before["tokenizer"] if torch.equal(before["tokenizer"][name], after["tokenizer"][name])}
     assert same == {name for name in before["tokenizer"] if not name.startswith("decoder.")}
     assert runtime.latents_of(before) == runtime.latents_of(after)
@@ -457,6 +457,7 @@ def test_dino_s_weights_that_can_not_be_had_end_the_run_before_its_first_step(fi
     (dict(discriminator_input=8), ["discriminator_input=8", "16"]),
     (dict(decoder_ema=1), ["decoder_ema=1"]),
     (dict(init_from="/nonexistent.pt"), ["init_from=/nonexistent.pt"]),
+    (dict(patch_size=16), ["patch_size=16", "init_from=", "with 4 "]),
 ])
 def test_a_wrong_constant_is_one_line_that_names_it(finetune, tmp_path, changes, words):
     """And says what it may be; nothing is written."""

@@ -102,7 +102,8 @@ def test_a_wrong_argument_is_one_line_that_names_it(configure, argument, words):
 
 
 @pytest.mark.parametrize("line, word", [("rate = float('nan')", "rate"), ("sise = 3", "size"), ("size = 2.5", "size"),
-                                        ("size = -4", "size"), ("pair = [0.5, 1]", "pair"), ("name = 3", "name")])
+                                        ("size = -4", "size"), ("pair = [0.5, 1]", "pair"), ("name = 3", "name"),
+                                        ("size = = 3", "SyntaxError"), ("size = sise", "sise")])
 def test_a_wrong_line_in_a_config_file_is_named_with_the_file(configure, tmp_path, line, word):
     """The same rules as on the command line."""
     (tmp_path / "wrong.py").write_text(line + "\n")
@@ -204,9 +205,20 @@ def test_a_missing_or_damaged_checkpoint_is_one_line(tmp_path):
     for content in b"not a checkpoint", b"":
         path.write_bytes(content)
         assert f"out_dir={path}" in failure(runtime.load_checkpoint, path, "out_dir")
+    runtime.save_checkpoint(path, torch.ones(3))
+    assert f"out_dir={path}" in failure(runtime.load_checkpoint, path, "out_dir")
     runtime.save_checkpoint(path, {"w": torch.ones(1000)})
     path.write_bytes(path.read_bytes()[:2000])
     assert f"out_dir={path}" in failure(runtime.load_checkpoint, path, "out_dir")
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    """A file stands in its place, or in its way. One that is there already is taken as it is."""
+    runtime.make_folder(tmp_path / "a" / "b")
+    runtime.make_folder(tmp_path / "a" / "b")
+    (tmp_path / "file").touch()
+    for path in tmp_path / "file", tmp_path / "file" / "b":
+        assert f"out_dir={path}" in failure(runtime.make_folder, path)
 
 
 def test_only_free_constants_may_change_on_resume():

@@ -132,3 +132,14 @@ def test_a_table_is_made_and_made_only_once(tmp_path):
     assert again.endswith(table)
     assert files == {path: path.stat().st_mtime_ns for path in files}
     assert (tmp_path / "c32-stc" / "dit" / "log.jsonl").read_text() == log
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_half_a_generator_gets_into_no_table(tmp_path, finished):
+    """train_dit.py ends with 0 after SIGTERM: a script must not go on to sample what it left."""
+    runtime.save_checkpoint(tmp_path / "checkpoint.pt", {"finished": finished})
+    result = subprocess.run(["bash", "-c", f". runs/rows.sh; finished {tmp_path}/checkpoint.pt; echo goes on"],
+                            cwd=ROOT, env=clean_environment(SCALE="shapes", PYTHON=sys.executable), text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert (result.returncode == 0, "goes on" in result.stdout, "not finished" in result.stderr) == (
+        finished, finished, not finished)

@@ -427,6 +427,7 @@ def test_vgg_weights_that_can_not_be_had_end_the_run_before_its_first_step(tmp_p
 
 @pytest.mark.parametrize("changes, words", [
     (dict(batch_size=9, accumulate=2), ["batch_size=9", "2"]),
+    (dict(batch_size=2, accumulate=2, ssl_method="dinov2"), ["batch_size=2", "4"]),
     (dict(batch_size=0), ["batch_size=0"]),
     (dict(batch_size=96), ["batch_size=96", "80"]),
     (dict(global_crop_size=36), ["global_crop_size=36", "8", "32", "40"]),
