@@ -326,8 +326,8 @@ class FeatureSums:
             return torch.zeros(shape, dtype=torch.float64, device=self.place)
 
         self.total, self.products = zeros(network.features), zeros(network.features, network.features)
-        self.counts, self.entropies, self.chances = (zeros(self.SPLITS), zeros(self.SPLITS),
-                                                     zeros(self.SPLITS, network.classes))
+        self.counts, self.negative_entropies = zeros(self.SPLITS), zeros(self.SPLITS)
+        self.probabilities = zeros(self.SPLITS, network.classes)
 
     def add(self, pixels, indices):
         """uint8 (B, H, W, 3) of the set's images `indices` (B,)."""
@@ -339,12 +339,12 @@ class FeatureSums:
             parts = F.one_hot(split, self.SPLITS).T.to(logits)  # (10, B)
             p = logits.softmax(1)  # (B, K)
             self.counts += parts.sum(1)
-            self.entropies += parts @ (p * logits.log_softmax(1)).sum(1)
-            self.chances += parts @ p  # (10, K)
+            self.negative_entropies += parts @ (p * logits.log_softmax(1)).sum(1)
+            self.probabilities += parts @ p  # (10, K)
 
     def reduce(self, processes):
         """Adds up the sums of all processes -> how many images there were."""
-        for name in "total", "products", "counts", "entropies", "chances":
+        for name in "total", "products", "counts", "negative_entropies", "probabilities":
             setattr(self, name, processes.sum(getattr(self, name)).cpu())
         count = int(self.counts.sum())
         check(count > 1, f"a Fréchet distance needs at least 2 images, not {count}")
@@ -361,8 +361,8 @@ class FeatureSums:
 
     def inception_score(self):
         """exp E KL(p(y|x) ‖ p(y)), the mean over the splits, once reduced."""
-        mean = self.chances / self.counts[:, None]
-        divergence = self.entropies / self.counts - torch.special.xlogy(mean, mean).sum(1)
+        mean = self.probabilities / self.counts[:, None]
+        divergence = self.negative_entropies / self.counts - torch.special.xlogy(mean, mean).sum(1)
         return divergence.exp().mean().item()
 
 

@@ -98,8 +98,9 @@ class MapMLP(MLP):
 
 
 def init_weights(module):
-    """For `module.apply`: Xavier for the transformer; He for what stands outside a residual branch, where a smaller
-    gain would let the image fade between one position embedding and the next; zero biases."""
+    """For `module.apply`: Xavier for linear layers. What has no residual connection around it (patch embedding,
+    compression, expansion, bottleneck) gets He's, which keeps the variance through the GELU: with less, the image's
+    signal would become small beside the position embedding that is added after it. Biases are zero."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
     elif isinstance(module, nn.Conv2d):
@@ -154,8 +155,8 @@ def regrid(map, factor):
 def position_embedding(height, width, reference, dim, device):
     """Fixed 2-D sine-cosine position embedding, (height * width, dim), amplitude 1.
 
-    Any grid is laid over the same `reference` × `reference` square, patch centre on patch centre, as iBOT's crops do
-    by interpolating a learned embedding: the top left corner of a local crop has the position of a corner.
+    A grid of any size is stretched over the same `reference` × `reference` square, by the centres of its patches. In
+    iBOT interpolating a learned embedding does this: a local crop, too, spans the whole range of positions.
     """
     def encode(count):
         position = (torch.arange(count, dtype=torch.float64) + 0.5) * reference / count - 0.5
@@ -422,8 +423,9 @@ class JointTokenizer(nn.Module):
 
 
 class DINO(nn.Module):
-    """A frozen ViT with DINO's names, so that Meta's checkpoint loads as it is: images (B, 3, H, W) in [-1, 1] ->
-    five maps of tokens (B, D, N), from a quarter, half, three quarters and all of its depth, the last one twice.
+    """The frozen ViT of DINO, with the parameter names of Meta's checkpoint: images (B, 3, H, W) in [-1, 1] -> five
+    times its patch tokens' features (B, D, N): of the last block, then after a quarter, half, three quarters and all
+    of the depth.
 
     (RAE sets the bias of the keys to 0. It adds the same to all of a query's products, so softmax does not see it.)
     """
@@ -453,16 +455,16 @@ class DINO(nn.Module):
         x = (images / 2 + 0.5 - self.mean) / self.std
         x = to_tokens(self.patch_embed["proj"](x))  # (B, N, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
-        maps = []
+        features = []
         for k, block in enumerate(self.blocks):
             x = block(x)
-            maps += [x[:, 1:].transpose(1, 2)] * self.taps.count(k)  # (B, D, N)
-        return [maps[-1], *maps]
+            features += [x[:, 1:].transpose(1, 2)] * self.taps.count(k)  # (B, D, N)
+        return [features[-1], *features]
 
 
 class ImageNorm(nn.InstanceNorm1d):
-    """Normalises each channel of (B, D, N) by its mean and variance over the tokens of each image, in float32. (RAE
-    calls it batch norm; its groups are single images.)"""
+    """Instance norm: each channel of (B, D, N) is normalised over the tokens of its own image, in float32. (RAE calls
+    it batch norm, but its groups are single images.)"""
 
     def __init__(self, width):
         super().__init__(width, eps=1e-6, affine=True)
@@ -472,8 +474,8 @@ class ImageNorm(nn.InstanceNorm1d):
 
 
 class DiscriminatorHead(nn.Module):
-    """Features (B, D, N) -> logits (B, N): three spectrally normalised convolutions along the tokens, the middle one
-    around a residual."""
+    """Features (B, D, N) -> logits (B, N): three spectrally normalised 1-D convolutions along the tokens, of kernel 1,
+    9 and 1. The middle one is a residual branch, and the sum is divided by √2."""
 
     def __init__(self, width):
         super().__init__()
@@ -542,8 +544,8 @@ def rope_table(height, width, dim, device):
 
 
 def rotate(x, rope):
-    """Rotary position embedding (B, heads, N, d): every pair (x_k, x_{k + d/2}) turned by its angle. (A q and a k so
-    turned have a product that depends on their distance alone.)"""
+    """Rotary position embedding (B, heads, N, d): every pair (x_k, x_{k + d/2}) turned by its angle. (The product
+    of a q and a k turned like this depends on their relative position alone.)"""
     cos, sin = rope
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
@@ -563,7 +565,7 @@ class SwiGLU(nn.Module):
         return self.fc2(F.silu(gate) * value)
 
 
-class Modulated(nn.Module):
+class ModulatedRMSNorm(nn.Module):
     """RMSNorm whose scale and shift come from the condition: norm(x) (1 + scale) + shift."""
 
     def __init__(self, width):
@@ -581,8 +583,8 @@ class DiTBlock(nn.Module):
 
     def __init__(self, width, heads):
         super().__init__()
-        self.norm1, self.attn = Modulated(width), Attention(width, heads)
-        self.norm2, self.mlp = Modulated(width), SwiGLU(width)
+        self.norm1, self.attn = ModulatedRMSNorm(width), Attention(width, heads)
+        self.norm2, self.mlp = ModulatedRMSNorm(width), SwiGLU(width)
         self.modulation = nn.Linear(width, 6 * width)
 
     def forward(self, x, condition, rope):
@@ -609,7 +611,7 @@ class LightningDiT(nn.Module):
         self.time_mlp = nn.Sequential(nn.Linear(512, width), nn.SiLU(), nn.Linear(width, width))
         self.class_embed = nn.Embedding(classes + 1, width)
         self.blocks = nn.ModuleList(DiTBlock(width, heads) for _ in range(depth))
-        self.norm = Modulated(width)
+        self.norm = ModulatedRMSNorm(width)
         self.modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, latent_channels)
         self.apply(init_weights)
@@ -636,16 +638,17 @@ class LightningDiT(nn.Module):
 
 
 def shift_time(t, latent_shape, shift_base=4096):
-    """t' = s t / (1 + (s - 1) t), s = √(c h w / shift_base): the more numbers a latent has, the more noise it takes to
-    hide it, and the later on the line the interesting times lie. s is never below 1, which would train small latents at
-    little noise almost alone (RAE's code refuses it). t: tensor; latent_shape (c, h, w)."""
+    """t' = s t / (1 + (s - 1) t), s = √(c h w / shift_base): it takes more noise to hide a larger latent, so its times
+    are shifted towards noise (t = 1). s is at least 1: with less, small latents would be trained almost only at little
+    noise (RAE's code does not allow it either). t: tensor in [0, 1]; latent_shape (c, h, w)."""
     c, h, w = latent_shape
     s = max(1.0, c * h * w / shift_base) ** 0.5
     return s * t / (1 + (s - 1) * t)
 
 
 def flow_matching_loss(model, z, labels, noise, t):
-    """E ‖v(z_t, t, label) - (noise - z)‖², z_t = (1 - t) z + t noise, per number. z, noise (B, c, h, w); t (B,)."""
+    """E ‖v(z_t, t, label) - (noise - z)‖², z_t = (1 - t) z + t noise, averaged over all elements -> a scalar.
+    z, noise (B, c, h, w); t, labels (B,)."""
     t_ = t[:, None, None, None]
     velocity = model((1 - t_) * z + t_ * noise, t, labels)
     return F.mse_loss(velocity, noise - z)
@@ -653,7 +656,8 @@ def flow_matching_loss(model, z, labels, noise, t):
 
 def guided(model, labels, null_class, cfg_scale=1.0, cfg_interval=(0.0, 1.0)):
     """velocity(z, t) with classifier-free guidance, v_null + cfg_scale (v_class - v_null), for t in the interval, and
-    v_class elsewhere. One call runs both halves of the batch; none is spent where guidance changes nothing."""
+    v_class elsewhere. Both come from one call of the model on a doubled batch; where guidance changes nothing, it is
+    called on the batch alone."""
     null = torch.full_like(labels, null_class)
 
     def velocity(z, t):  # t is on the CPU, where nobody waits to compare it
@@ -670,8 +674,8 @@ def guided(model, labels, null_class, cfg_scale=1.0, cfg_interval=(0.0, 1.0)):
 def sample_flow(velocity, noise, steps, method="euler", shift_base=4096):
     """Follows dz/dt = velocity(z, t) from noise (t = 1) to data (t = 0) in `steps` steps on the shifted grid.
 
-    noise (B, c, h, w). method "euler": one evaluation a step; "heun": two, with an error of second order. Heun's last
-    step is Euler's: at t = 0 the velocity towards data that lies near points is not continuous.
+    noise (B, c, h, w). method "euler": one evaluation per step; "heun": two, second order. Heun's last step is Euler's,
+    so that the model is not asked at t = 0, where the velocity is discontinuous if the data are points.
     """
     z = noise
     grid = shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), noise.shape[1:], shift_base).float()

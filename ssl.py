@@ -41,7 +41,7 @@ np, torch, data = _Later("numpy"), _Later("torch"), _Later("data")
 Image, ImageFilter = _Later("PIL.Image"), _Later("PIL.ImageFilter")
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Views (iBOT's recipe; Appendix A: "the same data augmentation pipelines")
+# Views (iBOT's recipe, which is DINO's too; Appendix A takes each method's own, see runs/table6.sh for DINOv2's)
 
 
 def random_resized_crop(pixels, size, scale, rng):
@@ -206,7 +206,7 @@ def by_view(views):
 # ----------------------------------------------------------------------------------------------------------------------
 # The loss (Eq. 4)
 
-METHODS = {  # Table 6, right. masks: L_MIM; untied: a head for patches of their own
+METHODS = {  # Table 6, right. masks: with L_MIM; untied: patches have a head of their own; sinkhorn: instead of centres
     "dino": dict(masks=False, untied=False, sinkhorn=False, koleo_weight=0.0),
     "ibot": dict(masks=True, untied=False, sinkhorn=False, koleo_weight=0.0),
     "dinov2": dict(masks=True, untied=True, sinkhorn=True, koleo_weight=0.1),
@@ -259,9 +259,10 @@ class IBOTLoss:
         teacher: logits ([CLS] of global crops (2 B, K), the same masked tokens (P, K)); weights (P,) from by_view.
         """
         teacher_cls, teacher_patches = (logits.float() for logits in teacher)
-        for name, logits in () if self.sinkhorn else (("cls", teacher_cls), ("patch", teacher_patches)):
-            total = torch.cat([logits.sum(0), logits.new_full((1,), len(logits))])  # (K + 1,), the last is the count
-            self.batch_sums[name] = self.batch_sums.get(name, 0) + total
+        if not self.sinkhorn:  # what update_centers needs
+            for name, logits in ("cls", teacher_cls), ("patch", teacher_patches):
+                total = torch.cat([logits.sum(0), logits.new_full((1,), len(logits))])  # (K + 1,), the last: how many
+                self.batch_sums[name] = self.batch_sums.get(name, 0) + total
 
         target = self.target("cls", teacher_cls, teacher_temp).unflatten(0, (2, -1))  # (2, B, K)
         views = torch.cat([student[0], student[2]]).unflatten(0, (-1, target.shape[1]))  # (2 + L, B, K)
@@ -283,6 +284,7 @@ class IBOTLoss:
              "batch_entropy": -(mean * mean.clamp(min=1e-12).log()).sum()}
 
     def target(self, name, logits, temperature):
+        """The teacher's distributions over the prototypes, (N, K); rows sum to 1. name: "cls" or "patch"."""
         if self.sinkhorn:
             return sinkhorn_knopp(logits, temperature, self.sum_over_processes)
         return ((logits - self.centers[name]) / temperature).softmax(-1)

@@ -36,7 +36,7 @@ ROWS = [  # name, constants of train_tokenizer.py that differ from the defaults
     ("p = 8, M = 9", dict(stc_depth=9)),
     ("p = 8, M = 6, shuffle", dict(compression="shuffle")),
     ("p = 8, M = 6, c = 256", dict(latent_channels=256)),
-    ("p = 8, M = 6, c = 32", dict(latent_channels=32)),
+    ("p = 8, M = 6, c = 32, S–B (Table 11)", dict(latent_channels=32, decoder="B")),
     ("p = 8, M = 6, S–B", dict(decoder="B")),
     ("p = 8, M = 6, S–L", dict(decoder="L")),
     ("p = 8, M = 6, B–B", dict(encoder="B", decoder="B")),
@@ -53,7 +53,8 @@ def count(function):
 
 
 def tokenizer_row(changes):
-    """-> parameters of encoder and decoder; operations for one image: encode, decode, attention, a joint step."""
+    """-> parameters of encoder and decoder; operations for one image: encode, decode, attention, a joint step, a step
+    without self-supervision."""
     constants = {**vars(stage1), **changes}
     tcae = TCAE.from_constants(constants)
     image = torch.zeros(1, 3, 256, 256)
@@ -66,10 +67,10 @@ def tokenizer_row(changes):
     one = count(lambda: head.mlp(torch.zeros(1, tcae.encoder.width)))[0] + 2 * head.prototypes.numel()  # for one token
     student = 2 * global_crop + stage1.local_crops * local_crop + (2 + stage1.local_crops + 2 * masked) * one
     teacher = 2 * global_crop + 2 * (1 + masked) * one
-    step = 3 * (encode + decode + student) + teacher + lpips(image)
+    without_ssl = 3 * (encode + decode) + lpips(image)
     encoder, decoder = (sum(p.numel() for part in parts for p in part.parameters())
                         for parts in ((tcae.encoder, tcae.bottleneck), (tcae.decoder,)))
-    return encoder, decoder, encode, decode, attention_1 + attention_2, step
+    return encoder, decoder, encode, decode, attention_1 + attention_2, without_ssl + 3 * student + teacher, without_ssl
 
 
 def lpips(image):
@@ -103,16 +104,19 @@ def hours(operations_per_image, epochs):
 
 def main():
     runtime.configure(globals())
+    for name in "images", "gpus", "peak", "utilisation":
+        runtime.check(globals()[name] > 0, f"{name}={globals()[name]} must be above 0")
     torch.set_default_device("meta")
     print(f"GFLOPs for one image of 256 px, two per multiply-add; hours on {gpus} GPUs of {peak:.0f} TFLOP/s at "
           f"{utilisation:.0%} of it\n")
     print("| tokenizer | encoder M | decoder M | encode | decode | both | without attention | one per multiply-add | "
-          f"joint step | hours for {stage1.epochs} epochs |\n|---|---|---|---|---|---|---|---|---|---|")
+          f"joint step | hours for {stage1.epochs} epochs | step without SSL | hours |\n" + "|---" * 12 + "|")
     for name, changes in ROWS:
-        encoder, decoder, encode, decode, attention, step = tokenizer_row(changes)
+        encoder, decoder, encode, decode, attention, step, without_ssl = tokenizer_row(changes)
         both = encode + decode
         numbers = (encoder / 1e6, decoder / 1e6, encode / 1e9, decode / 1e9, both / 1e9, (both - attention) / 1e9,
-                   both / 2e9, step / 1e9, hours(step, stage1.epochs))
+                   both / 2e9, step / 1e9, hours(step, stage1.epochs), without_ssl / 1e9,
+                   hours(without_ssl, stage1.epochs))
         print(f"| {name} | " + " | ".join(f"{n:.1f}" for n in numbers) + " |")
     constants = runtime.configure(vars(stage1).copy(), [str(ROOT / "config" / "finetune_decoder.py")])
     start, counts, epochs = (f"{constants[name]:g}" for name in ("discriminator_start", "adversarial_start", "epochs"))

@@ -21,8 +21,7 @@ PROBES = ("gFID", "probe on tokens", "probe on latents", "structure loss")
 DEPTHS = ("rFID", "SSIM", "IS", "IS with guidance")
 SYSTEM = ("rFID", "gFID", "gFID with guidance")
 
-# {table: (its columns, {row: the paper's numbers})}; the probes' accuracies are shares here, per cent there
-TABLES = {
+TABLES = {  # {table: (its columns, {row: the paper's numbers})}; the probes' accuracies are shares here, per cent there
     "1": (PROBES, {
         "p64": (64.96, 0.295, 0.063, 0.79), "p32": (22.93, 0.419, 0.138, 0.67), "p16": (17.22, 0.584, 0.181, 0.69),
         "p8": (25.36, 0.629, 0.0533, 0.92), "p8-stc": (16.39, 0.391, 0.121, 0.69)}),

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from model import (DIT_SIZES, DiTBlock, LightningDiT, Modulated, SwiGLU, flow_matching_loss, guided, position_embedding,
-                   rope_table, rotate, sample_flow, shift_time)
+from model import (DIT_SIZES, DiTBlock, LightningDiT, ModulatedRMSNorm, SwiGLU, flow_matching_loss, guided,
+                   position_embedding, rope_table, rotate, sample_flow, shift_time)
 
 SHAPE = (128, 8, 8)  # the paper's latent, (c, h, w)
 
@@ -215,7 +215,7 @@ def test_position_and_norm_are_where_the_recipe_has_them():
     x = seen["last"] / (seen["last"].square().mean(-1, keepdim=True) + 1e-6).sqrt() * model.norm.weight
     torch.testing.assert_close(seen["normed"], x * (1 + scale) + shift)
     torch.testing.assert_close(out, model.head(seen["normed"]).transpose(1, 2).unflatten(2, (4, 4)))
-    assert isinstance(model.norm, Modulated)
+    assert isinstance(model.norm, ModulatedRMSNorm)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
