@@ -213,8 +213,8 @@ def center_crop(image, size):
 
 
 def resize(pixels, size):
-    """uint8 (H, W, 3) -> (size, size, 3), bicubic and antialiased: Pillow's arithmetic by torch, with AVX2 three times as
-    fast."""
+    """uint8 (H, W, 3) -> (size, size, 3), bicubic and antialiased: Pillow's arithmetic by torch, with AVX2 three times
+    as fast."""
     if pixels.shape[:2] == (size, size):
         return pixels
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, 3, H, W); its strides say that it is (H, W, 3)
@@ -301,9 +301,10 @@ class Store:
     @classmethod
     def shared(cls, path, about, count, shape, dtype, processes):
         """The store at `path` in every process; the first one makes it if need be."""
-        store = cls(path, about, count, shape, dtype) if processes.first else None
+        if processes.first and not os.path.exists(path):
+            cls(path, about, count, shape, dtype)
         processes.wait()
-        return store or cls(path, about, count, shape, dtype)
+        return cls(path, about, count, shape, dtype)
 
     def to_do(self, processes):
         """This process's share of the items that are not done, as a list of indices. All must call it together."""

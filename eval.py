@@ -13,6 +13,7 @@ Prints a table and writes it to eval.json, beside the checkpoint or the samples.
 import json
 import logging
 import os
+import signal
 import struct
 import tempfile
 import zipfile
@@ -46,7 +47,7 @@ feature_net = ""  # "" = FID's Inception; .pt2: uint8 (B, H, W, 3) -> features (
 lpips_net = "vgg"  # or "alex"; "none" = no LPIPS
 probe_steps = 200  # L-BFGS steps of the probes' multinomial logistic regression, on standardised features
 probe_decay = 1e-4  # its L2 penalty
-batch_size = 64
+batch_size = 64  # images at a time, per process
 workers = 4  # loading processes per process; 0 = load in the process itself
 out = ""  # the file of results; "" = eval.json beside the checkpoint or the samples
 device = "auto"  # cuda, mps or cpu
@@ -664,6 +665,7 @@ def main():
     path = out or os.path.join(os.path.dirname((tokenizer or samples).rstrip("/")), "eval.json")
     check(os.access(os.path.dirname(path) or ".", os.W_OK) and not os.path.isdir(path), f"out={path} can't be written")
     processes = runtime.Processes(device, dtype)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to save
     torch.set_float32_matmul_precision("highest")  # no TF32 in what measures
     torch.backends.cudnn.allow_tf32 = False
     evaluate = evaluate_tokenizer if tokenizer else evaluate_pairs if paired else evaluate_samples

@@ -28,7 +28,7 @@ def parse_size(name, size, sizes=SIZES):
     if size in sizes:
         return sizes[size]
     numbers = size.split("/")
-    if len(numbers) != 3 or not all(n.isdigit() and int(n) > 0 for n in numbers):
+    if len(numbers) != 3 or not all(n.isdecimal() and int(n) > 0 for n in numbers):
         raise ValueError(f"{name}={size!r} is neither one of {', '.join(sizes)} nor width/depth/heads such as 128/4/4")
     width, depth, heads = map(int, numbers)
     if width % heads or width % 4:
@@ -115,7 +115,7 @@ def init_weights(module):
 
 
 def compile_blocks(*networks):
-    """torch.compile for every transformer block in these networks, each by itself: all of one shape share the result."""
+    """torch.compile for every transformer block in these networks, each by itself: all of a shape share the result."""
     torch._dynamo.config.cache_size_limit = 64  # one version per crop size, with and without gradient
     torch._dynamo.config.optimize_ddp = False  # else every block is cut where DDP's buckets end
     for network in networks:
@@ -216,6 +216,8 @@ class Encoder(nn.Module):
         `mask` (B, h, w), True where an *output* token is to be hidden: all patches under it become the mask token,
         so that every output token is wholly hidden or wholly visible.
         """
+        if images.shape[2] % self.output_patch or images.shape[3] % self.output_patch:
+            raise ValueError(f"the sides of images {tuple(images.shape)} must be multiples of {self.output_patch} px")
         height, width = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
         x = self.patch_embed(patchify(images, self.patch_size))  # (B, N, D)
         if mask is not None:

@@ -79,7 +79,7 @@ def configure(script, arguments=None):
             if not name.startswith("_"):
                 override(name, value, path)
     for argument in (a for a in arguments if a.startswith("-")):
-        match = re.fullmatch(r"--(\w+)=(.*)", argument, re.DOTALL)
+        match = re.fullmatch(r"--([\w-]+)=(.*)", argument, re.DOTALL)
         if not match:
             fail(f"{argument}: constants are given as --name=value")
         override(match[1], match[2], "command line")
@@ -138,6 +138,7 @@ class Processes:
         if self.count > 1:  # gloo for what is said on the CPU (stop flags, file names), NCCL for tensors on GPUs
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             torch.distributed.init_process_group(backend)
+        check(seed < 2**63, f"seed={seed} must be below 2^63")
         torch.manual_seed(seed)
         torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
         check(dtype in ("auto", "bfloat16", "float32"), f"dtype={dtype!r}: it is 'auto', 'bfloat16' or 'float32'")
@@ -231,12 +232,16 @@ class Processes:
 # Checkpoints and logs
 
 
-def open_run(out_dir, resume):
+def open_run(out_dir, resume, kind):
     """-> the path of a run's checkpoint, and what is in it if the run is to be resumed and it is there, else None."""
     path = os.path.join(out_dir, "checkpoint.pt")
     check(resume or not os.path.exists(path),
           f"out_dir={out_dir} holds a run already: --resume=True goes on with it, another --out_dir begins a new one")
-    return path, load_checkpoint(path, "out_dir") if resume and os.path.exists(path) else None
+    if not os.path.exists(path):
+        return path, None
+    state = load_checkpoint(path, "out_dir")
+    check(state.get("kind") == kind, f"out_dir={out_dir} holds a checkpoint of something else: {state.get('kind')}")
+    return path, state
 
 
 def make_folder(out_dir):

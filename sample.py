@@ -5,8 +5,8 @@
     torchrun --nproc_per_node=8 sample.py --num_samples=50000 --cfg_scale=1.5                 # an .npz, for FID
 
 Sample i depends on (seed, i) and its class alone; batch size and number of processes change it by rounding at most.
-Writes out_dir/samples.png, or out_dir/samples.npz: arr_0 uint8 (N, H, W, 3), what ADM's evaluator reads, and arr_1 the classes
-(N,).
+Writes out_dir/samples.png, or out_dir/samples.npz: arr_0 uint8 (N, H, W, 3), what ADM's evaluator reads, and arr_1 the
+classes (N,).
 """
 import os
 
@@ -23,15 +23,15 @@ checkpoint = "out/dit/checkpoint.pt"  # stage 2's
 tokenizer = ""  # stage 1's checkpoint, or one whose decoder was finetuned; "" = the one that stage 2 was trained with
 use_ema = True  # False: the weights as they were last trained
 
-classes = ""  # which, for the picture, as 0,5,7; "" = the first ten
+classes = ""  # which, as 0,5,7; "" = the first ten for the picture, all for an .npz
 per_class = 8  # samples of each, for the picture
 num_samples = 0  # above 0: write this many to an .npz instead, equally many of each class
 
-steps = 50
+steps = 50  # of the sampler
 method = "euler"  # or "heun": twice the work per step, error of second order
 cfg_scale = 1.0  # classifier-free guidance; 1 = none
 cfg_interval = (0.0, 1.0)  # times t, 0 = data, 1 = noise, at which guidance acts
-seed = 0
+seed = 0  # of the noise
 
 out_dir = "out/samples"
 batch_size = 64  # samples at a time, per process
@@ -56,9 +56,11 @@ def draw(dit, tcae, indices, labels, shape, shift_base, processes):
 
 def parse_classes(names):
     """The constant `classes` as a list of numbers."""
-    chosen = [part.strip() for part in classes.split(",")] if classes else [str(k) for k in range(min(10, len(names)))]
+    if not classes:
+        return list(range(len(names) if num_samples else min(10, len(names))))
+    chosen = [part.strip() for part in classes.split(",")]
     for part in chosen:
-        check(part.isdigit() and int(part) < len(names),
+        check(part.isdecimal() and int(part) < len(names),
               f"classes={classes}: {part!r} is not a class, 0 to {len(names) - 1}")
     return [int(part) for part in chosen]
 
@@ -82,7 +84,8 @@ def main():
     dit = LightningDiT(saved["constants"]["size"], shape[0], shape[1], len(names))
     dit.load_state_dict(weights)
     dit, tcae = dit.to(processes.device).eval(), TCAE.from_checkpoint(saved_tokenizer).to(processes.device)
-    labels = np.arange(num_samples) % len(names) if num_samples else np.tile(parse_classes(names), per_class)
+    chosen = parse_classes(names)
+    labels = np.resize(chosen, num_samples or per_class * len(chosen))  # in turn, over and over
 
     runtime.make_folder(out_dir)
     path = os.path.join(out_dir, "samples.npz" if num_samples else "samples.png")
@@ -90,7 +93,7 @@ def main():
     side = saved_tokenizer["constants"]["image_size"]
     about = {"generator": runtime.fingerprint(weights), "tokenizer": runtime.fingerprint(saved_tokenizer["tokenizer"]),
              "labels": runtime.fingerprint({"": torch.from_numpy(labels)}), "steps": steps, "method": method,
-             "cfg_scale": cfg_scale, "cfg_interval": list(cfg_interval), "seed": seed}
+             "cfg_scale": cfg_scale, "cfg_interval": list(cfg_interval), "seed": seed, "dtype": dtype}
     if processes.first and data.Store.differences(part, about):
         os.remove(part)  # begun by another call, for other samples
     store = data.Store.shared(part, about, len(labels), (side, side, 3), np.uint8, processes)

@@ -33,22 +33,22 @@ label_dropout = 0.1  # share of labels replaced by the null class, for guidance
 shift_base = 4096  # a latent of more numbers has its times shifted towards noise, by √(its numbers / shift_base)
 
 # Optimisation (RAE's recipe; 80 epochs for the ablations, 800 for Table 4)
-epochs = 80
+epochs = 80  # passes over the data set
 batch_size = 1024  # images per step, over all processes
 accumulate = 1  # micro-batches per step and process
-learning_rate = 2e-4
+learning_rate = 2e-4  # after the warm-up
 min_learning_rate = 2e-5  # at the end, if it decays
 decay_epoch = 0.0  # from this epoch to the last the rate falls linearly (Table 4: 40 of 800); 0 = it is constant
-warmup_steps = 0
+warmup_steps = 0  # over which the rate rises from 0
 betas = (0.9, 0.95)  # AdamW
-weight_decay = 0.0
+weight_decay = 0.0  # of all weights
 grad_clip = 1.0  # largest norm of the gradient; 0 = any
-ema_momentum = 0.9995
+ema_momentum = 0.9995  # of the averaged weights, which are the ones to sample from
 
 # The run
 out_dir = "out/dit"
 resume = False  # True: go on from out_dir/checkpoint.pt if there is one
-seed = 0
+seed = 0  # of everything random
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
 compile = True  # torch.compile the transformer blocks, on CUDA
@@ -89,8 +89,8 @@ class Latents:
     """The cache as a source for data.Augmented: load(i) gives (z (2, c, h, w) in float16, normalised, of the image and
     of its mirror image; label)."""
 
-    def __init__(self, store, labels):
-        self.store, self.labels = store, labels
+    def __init__(self, store, source):
+        self.store, self.source, self.labels = store, source, source.labels
 
     def __len__(self):
         return len(self.labels)
@@ -104,7 +104,7 @@ class Latents:
         return np.zeros_like(self.store.items[0]), 0
 
     def name(self, i):
-        return f"image {i} of {self.store.path}"
+        return self.source.name(i)
 
 
 class Pairs:
@@ -153,9 +153,9 @@ def fill_cache(store, tcae, source, image_size, bad_files, processes):
         processes.print(f"SIGTERM: {store.path} keeps what is encoded; the next run goes on from there")
         processes.close()
         raise SystemExit(0)
+    bad_files.report(processes.gather(bad), processes)  # if they are too many, the next run tries them again
     store.state[todo[store.state[todo] == 0]] = 2  # those could not be decoded
     store.flush()
-    bad_files.report(processes.gather(bad), processes)
 
 
 class Example:
@@ -192,17 +192,20 @@ def open_latents(tcae, saved, processes):
     if not cache_latents:
         return Pairs(source, image_size), source.classes, bad_files
     path = cache or os.path.join(out_dir, "latents.cache")
+    folder = os.path.dirname(path) or "."
+    check(os.path.isdir(folder) and not os.path.isdir(path), f"cache={path} must be a file in a folder that is there")
     about = {"tokenizer": runtime.latents_of(saved), "image_size": image_size, "images": len(source),
              "files": source.fingerprint()}
-    if processes.first:
-        if rebuild_cache and os.path.exists(path):
-            os.remove(path)
-        differences = data.Store.differences(path, about)
-        check(not differences, f"cache: {path} was made from something else ({differences}). "
-                               "--rebuild_cache=True makes it anew, another --cache keeps both")
+    if rebuild_cache and processes.first and os.path.exists(path):
+        os.remove(path)
+    processes.wait()
+    differences = data.Store.differences(path, about)
+    check(not differences, f"cache: {path} was made from something else ({differences}). "
+                           "--rebuild_cache=True makes it anew, another --cache keeps both")
+    processes.wait()  # until all have looked
     store = data.Store.shared(path, about, len(source), (2, *latent_shape(saved)), np.float16, processes)
     fill_cache(store, tcae, source, image_size, bad_files, processes)
-    latents = Latents(store, source.labels)
+    latents = Latents(store, source)
     return latents, source.classes, data.BadFiles(latents)
 
 
@@ -227,7 +230,7 @@ def draw_samples(ema, tcae, shape, class_names, path, processes):
 
 def main():
     constants = runtime.configure(globals())
-    path, resumed = runtime.open_run(out_dir, resume)
+    path, resumed = runtime.open_run(out_dir, resume, "dit")
     if resumed:
         runtime.check_resumable(resumed["constants"], constants, FREE)
     processes = runtime.Processes(device, resumed["dtype"] if resumed else dtype, seed)

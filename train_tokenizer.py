@@ -71,12 +71,12 @@ discriminator_augment = True  # DiffAugment: random colours and shifts of all th
 decoder_ema = 0.0  # momentum of the averaged decoder, which is the one that is kept; 0 = none
 
 # Optimisation (Table 7, left)
-epochs = 50
+epochs = 50  # passes over the data set
 batch_size = 512  # images per step, over all processes
 accumulate = 1  # micro-batches per step and process: less memory, the same gradient (not so for dinov2, adversarial)
 learning_rate = 1e-3  # at the end of the warm-up
 min_learning_rate = 1e-6  # at the end
-warmup_epochs = 5.0
+warmup_epochs = 5.0  # over which the rate rises from 0
 betas = (0.9, 0.95)  # AdamW
 weight_decay = 0.04  # of matrices; biases, norms and tokens have none
 grad_clip = 3.0  # largest norm of the whole gradient (iBOT's bound is for each tensor's); 0 = any
@@ -84,7 +84,7 @@ grad_clip = 3.0  # largest norm of the whole gradient (iBOT's bound is for each 
 # The run
 out_dir = "out/tokenizer"
 resume = False  # True: go on from out_dir/checkpoint.pt if there is one
-seed = 0
+seed = 0  # of everything random
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
 compile = True  # torch.compile the transformer blocks, on CUDA
@@ -127,7 +127,7 @@ def check_constants(processes):
     shares = processes.count * accumulate
     check(batch_size % shares == 0, f"batch_size={batch_size} must be a multiple of {shares} (processes × accumulate)")
     check(ssl_method != "dinov2" or batch_size > shares,
-          f"batch_size={batch_size} must be at least {2 * shares}: KoLeo compares images of one process and micro-batch")
+          f"batch_size={batch_size} must be at least {2 * shares}: KoLeo compares a micro-batch's images")
     for name in ("warmup_epochs",) + (("freeze_prototypes_epochs",) if ssl_method != "none" else ()):
         check(globals()[name] <= epochs, f"{name}={globals()[name]} is more than epochs={epochs}")
     check(not pca_baseline or image_size <= 64, f"pca_baseline=True: image_size={image_size} must be at most 64 for it")
@@ -307,7 +307,8 @@ def losses(model, teacher, ibot, perceptual, adversary, views, share_done, proce
 
 @torch.no_grad()
 def validate(tcae, source, bad_files, processes, picture):
-    """Mean PSNR (dB) of centre crops on 8 bits; and a picture of eight originals over their reconstructions."""
+    """Mean PSNR (dB) of centre crops on 8 bits, None if SIGTERM came first; and a picture of eight originals over their
+    reconstructions."""
     def reconstruct(pixels):
         with processes.autocast():
             return data.to_uint8(tcae(data.to_float(pixels, processes.device))).cpu()
@@ -318,6 +319,10 @@ def validate(tcae, source, bad_files, processes, picture):
         if len(pixels):  # else no file of this batch could be decoded
             psnr = data.psnr(pixels, reconstruct(pixels))
             total += torch.tensor([psnr.sum(), len(psnr)], dtype=torch.float64)
+        if processes.stop:
+            break
+    if processes.stop_requested():
+        return None
     bad_files.report(processes.gather(bad), processes)
     psnr_sum, count = processes.sum(total).tolist()
     check(count, "data_dir: no validation image could be decoded")
@@ -330,7 +335,7 @@ def validate(tcae, source, bad_files, processes, picture):
 
 @torch.no_grad()
 def measure_latents(tcae, source, bad_files, processes):
-    """Sets latent_mean and latent_std from centre crops of training images, with sums in float64."""
+    """Sets latent_mean and latent_std from centre crops of training images, with sums in float64; not after SIGTERM."""
     tcae.latent_mean.zero_(), tcae.latent_std.fill_(1)
     sums, bad = torch.zeros(2, latent_channels, dtype=torch.float64), []
     count = torch.zeros((), dtype=torch.float64)
@@ -343,6 +348,10 @@ def measure_latents(tcae, source, bad_files, processes):
             z = tcae.encode(data.to_float(pixels, processes.device)).cpu().double()  # (b, c, h, w)
         sums += torch.stack([z.sum((0, 2, 3)), (z**2).sum((0, 2, 3))])
         count += z[:, 0].numel()
+        if processes.stop:
+            break
+    if processes.stop_requested():
+        return
     bad_files.report(processes.gather(bad), processes)
     mean, square = processes.sum(sums) / processes.sum(count)
     tcae.latent_mean.copy_(mean[:, None, None])
@@ -380,7 +389,7 @@ def pca_psnr(train, val, values, processes):
 def main():
     defaults = {name: globals()[name] for name in TAKEN_OVER}
     constants = runtime.configure(globals())
-    path, saved = runtime.open_run(out_dir, resume)
+    path, saved = runtime.open_run(out_dir, resume, "tokenizer")
     given = saved or (runtime.load_checkpoint(init_from, "init_from", kind="tokenizer") if init_from else None)
     if init_from:
         for name in TAKEN_OVER:
@@ -464,12 +473,13 @@ def main():
 
     runtime.make_folder(out_dir)
     picture = os.path.join(out_dir, "reconstructions.png")
-    bad_files, bad_val_files = data.BadFiles(train), data.BadFiles(val)
+    bad_files, bad_val_files = data.BadFiles(train), data.BadFiles(val, images=val_images)
     loader = iter(data.batches(train, StepViews(multi_crop), batch_size, start, steps, seed, processes, accumulate,
                                workers))
     progress = runtime.Progress(out_dir, start, steps, batch_size, processes)
     bad = []  # files that could not be decoded since the last report
 
+    done, stopping = start, False
     for step in range(start, steps):
         # for the discriminator's augmentation, or a dropout you may add; images and views have their own, see data.py
         torch.manual_seed(hash((seed, step, processes.rank)) % 2**63)
@@ -514,21 +524,26 @@ def main():
         if saving:
             save(done)
         if stopping:
-            progress.bar.close()
-            processes.print(f"SIGTERM: saved {path} at step {done}; --resume=True goes on from there")
-            return processes.close()
+            break
         if evaluating:
             psnr = validate(final, val, bad_val_files, processes, picture)
-            progress.write(val_psnr=psnr)
-            if processes.first:
-                progress.bar.write(f"step {done}: validation PSNR {psnr:.2f} dB")
+            if psnr is not None:  # else the next step saves and ends
+                progress.write(val_psnr=psnr)
+                if processes.first:
+                    progress.bar.write(f"step {done}: validation PSNR {psnr:.2f} dB")
             progress.start_clock()
     progress.bar.close()
 
-    if not init_from:  # else the latents are as they were
+    if not (init_from or stopping):  # with init_from the latents are as they were
         measure_latents(tcae, train, bad_files, processes)
+    if processes.stop_requested():
+        processes.print(f"SIGTERM: saved {path} at step {done}; --resume=True goes on from there")
+        return processes.close()
     save(steps, finished=True)
     psnr = validate(final, val, bad_val_files, processes, picture)
+    if psnr is None:
+        processes.print(f"SIGTERM: wrote {path}, which is finished; its PSNR was not measured")
+        return processes.close()
     baseline = ""
     if pca_baseline:
         values = latent_channels * (image_size // downsample) ** 2

@@ -107,8 +107,8 @@ def test_steps_table(tiny, capsys, dtype):
     """Every stage is measured; nothing is missing or not a number."""
     bench.show_steps(runtime.Processes("cpu", dtype))
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
-    assert [cells[0] for cells in rows] == ["tokenizer, joint", "tokenizer, finetuning", "generator", "encode", "decode",
-                                            "sampling, one guided step"]
+    assert [cells[0] for cells in rows] == ["tokenizer, joint", "tokenizer, finetuning", "generator", "encode",
+                                            "decode", "sampling, one guided step"]
     for cells in rows:
         assert float(cells[2]) > 0 and float(cells[4]) > 0
     assert all(float(cells[7]) > 0 for cells in rows[:3])

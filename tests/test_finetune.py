@@ -373,8 +373,8 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights(straight, 
 
 
 def test_two_processes_do_the_same(joint, finetune, tmp_path):
-    """With half of the images each, and without the augmentation, for which each process has its own random numbers: the
-    same terms, adaptive weight, decoder and heads."""
+    """With half of the images each, and without the augmentation, for which each process has its own random numbers:
+    the same terms, adaptive weight, decoder and heads."""
     same = dict(FINETUNE, init_from=joint, epochs=1, discriminator_start=0.2, adversarial_start=0.5, learning_rate=1e-4,
                 discriminator_augment=False)
     finetune(**same)

@@ -67,6 +67,9 @@ def test_crops_of_other_sizes_go_through_the_encoder(stc_depth):
     for height, width in (step, step), (2 * step, 3 * step), (5 * step, step), (48, 48):
         cls, tokens = encoder(torch.rand(2, 3, height, width))
         assert cls.shape == (2, 32) and tokens.shape == (2, height // step * (width // step), 32)
+    for height, width in (3 * step // 2, step), (step, 3 * step // 2), (step + 2, step + 2):
+        with pytest.raises(ValueError, match=f"multiples of {step} px"):
+            encoder(torch.rand(2, 3, height, width))
 
 
 def test_sizes_are_those_of_vit():
@@ -103,7 +106,7 @@ def test_attention_equals_its_formula():
 
 @pytest.mark.parametrize("width", [32, 64])
 def test_attention_in_bfloat16_on_a_cpu_is_attention(width):
-    """Where it is trained there it is written out; with the same numbers as PyTorch's own in float64, up to rounding."""
+    """Where it is trained there it is written out; up to rounding with the numbers of PyTorch's own in float64."""
     torch.manual_seed(0)
     attention, reference = Attention(2 * width, 2), Attention(2 * width, 2).double()
     reference.load_state_dict(attention.state_dict())
@@ -137,7 +140,8 @@ def test_compiling_reaches_every_block_and_nothing_else(monkeypatch):
     """The tokenizer's, the discriminator's and the generator's, each once; recorded, since compiling takes minutes."""
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(self))
-    networks = (TCAE(32, 4, 8, 8, "16/3/2", "16/2/2", 1), DINO("16/4/2", input_size=16), LightningDiT("16/2/2", 8, 4, 3))
+    networks = (TCAE(32, 4, 8, 8, "16/3/2", "16/2/2", 1), DINO("16/4/2", input_size=16),
+                LightningDiT("16/2/2", 8, 4, 3))
     compile_blocks(*networks)
     assert [type(block) for block in compiled] == [Block] * (3 + 2 + 4) + [DiTBlock] * 2
     assert len(set(map(id, compiled))) == len(compiled)

@@ -85,7 +85,8 @@ def test_values_as_a_person_types_them(configure, argument, name, value):
 
 
 @pytest.mark.parametrize("argument, words", [
-    ("--sise=3", ["sise", "did you mean size"]), ("--zzz=3", ["zzz", "--help"]), ("--FREE=1", ["FREE"]),
+    ("--sise=3", ["sise", "did you mean size"]), ("--si-ze=3", ["si-ze", "did you mean size"]),
+    ("--zzz=3", ["zzz", "--help"]), ("--FREE=1", ["FREE"]),
     ("--size=big", ["size", "whole number", "256"]), ("--size=2.5", ["size", "whole number"]),
     ("--size=True", ["size", "whole number"]), ("--on=1", ["on", "True or False"]), ("--on=maybe", ["on", "maybe"]),
     ("--rate=fast", ["rate", "number"]), ("--rate=nan", ["rate"]), ("--rate=inf", ["rate"]), ("--rate=1e999", ["rate"]),

@@ -315,7 +315,7 @@ def test_an_image_that_can_not_be_decoded_is_named_and_left_out(base, folder, tr
     state, _ = open_cache(tmp_path / "folder.cache", 40)
     assert state[27] == 2 and (np.delete(state, 27) == 1).all()
     assert str(broken) in runs[0][0] and str(broken) in runs[2][0]
-    assert "image 27" in runs[1][0] and str(tmp_path / "folder.cache") in runs[1][0]
+    assert str(broken) in runs[1][0]
     for _, steps in runs:
         assert len(steps) == 5
         for step, first in zip(steps, runs[0][1]):
@@ -338,8 +338,13 @@ def test_a_folder_whose_classes_were_renamed_needs_another_cache(folder, train, 
 def test_too_many_broken_images_end_the_run(folder, train, tmp_path):
     """One of forty is more than a hundredth: it is not a stray file but the wrong folder."""
     images, broken = folder
-    message = failure(train, data_dir=images, cache=tmp_path / "folder.cache", batch_size=8)
+    same = dict(data_dir=images, cache=tmp_path / "folder.cache", batch_size=8, epochs=1, decay_epoch=1)
+    whole = (images / "train" / "class 1" / "08.png").read_bytes()
+    message = failure(train, **same)
     assert "data_dir" in message and "1 of 40" in message and str(broken) in message
+    broken.write_bytes(whole)  # repaired: it is tried again
+    train(**same)
+    assert (open_cache(tmp_path / "folder.cache", 40)[0] == 1).all()
 
 
 def test_a_loading_process_gets_the_cache_s_name_and_not_its_42_gigabytes(base):
@@ -347,7 +352,7 @@ def test_a_loading_process_gets_the_cache_s_name_and_not_its_42_gigabytes(base):
     about = {"images": IMAGES}
     store = data.Store(str(base / "pickled.cache"), about, IMAGES, (2, *SHAPE), np.float16)
     store.put([3], np.full((1, 2, *SHAPE), 5, np.float16))
-    pickled = pickle.dumps(train_dit.Latents(store, [0] * IMAGES))
+    pickled = pickle.dumps(train_dit.Latents(store, data.Shapes("train", IMAGES, 32)))
     assert len(pickled) < 2000 + 8 * IMAGES < store.items.nbytes
     arrived = pickle.loads(pickled)
     assert (arrived.load(3)[0] == 5).all()
@@ -402,7 +407,7 @@ def test_steps_take_the_examples_of_seed_epoch_and_image(base, train, steps_seen
     """What a step trains on, rebuilt item by item; t arrives shifted."""
     train(epochs=2, decay_epoch=2, seed=3)
     store = data.Store(str(base / "latents.cache"), None, IMAGES, (2, *SHAPE), np.float16)
-    items = data.Augmented(train_dit.Latents(store, [i % 10 for i in range(IMAGES)]), example(), 3)
+    items = data.Augmented(train_dit.Latents(store, data.Shapes("train", IMAGES, 32)), example(), 3)
     s = np.sqrt(6 * 4 * 4 / 48)
     for step, order in zip(steps_seen, data.Order(IMAGES, 16, 0, 20, 3), strict=True):
         drawn = [items[position][0] for position in order]
@@ -490,6 +495,19 @@ def test_the_rate_warms_up_stays_and_falls_linearly(base, train, tmp_path):
     assert rates == pytest.approx(expected, rel=1e-4)
     train(epochs=1, decay_epoch=0, out_dir=tmp_path / "constant")
     assert {line["lr"] for out_dir in (base / "run", tmp_path / "constant") for line in log(out_dir)} == {1e-3}
+
+
+def test_the_gradient_is_clipped_before_every_update(train, monkeypatch):
+    """To grad_clip over all weights."""
+    step, norms = torch.optim.AdamW.step, []
+
+    def measured(optimizer):
+        norms.append(torch.cat([p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]).norm())
+        return step(optimizer)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", measured)
+    train(grad_clip=0.01, epochs=1, decay_epoch=1)
+    assert len(norms) == 10 and norms == pytest.approx([0.01] * 10, rel=1e-3)
 
 
 def test_a_loss_that_breaks_stops_the_run_and_keeps_the_checkpoint(train, tmp_path):
@@ -621,6 +639,11 @@ def test_samples_for_fid_are_uint8_and_balanced(samples):
     counts = np.bincount(labels, minlength=10)
     assert len(counts) == 10 and counts.max() - counts.min() <= 1
     assert images.std() > 5 and len({image.tobytes() for image in images}) == 23
+
+
+def test_samples_for_fid_of_some_classes(draw):
+    """As many of each as of the others, in turn."""
+    assert npz(draw(num_samples=5, classes="7,2"))[1].tolist() == [7, 2, 7, 2, 7]
 
 
 def test_a_sample_does_not_depend_on_its_batch(samples, draw):
@@ -758,6 +781,7 @@ def test_another_call_does_not_go_on_with_samples_that_were_begun(draw, monkeypa
     (dict(label_dropout=1.5), ["label_dropout=1.5"]), (dict(ema_momentum=1.5), ["ema_momentum=1.5"]),
     (dict(decay_epoch=5), ["decay_epoch=5", "epochs=4"]), (dict(betas="(0.9, 1.0)"), ["betas=(0.9, 1.0)"]),
     (dict(dtype="float16"), ["dtype='float16'"]), (dict(device="abacus"), ["device='abacus'"]),
+    (dict(cache="/nonexistent/x.cache"), ["cache=/nonexistent/x.cache"]), (dict(seed=2**63), [f"seed={2**63}"]),
     (dict(data_dir="/nonexistent/images"), ["data_dir=/nonexistent/images"]),
     (dict(tokeniser="x"), ["tokeniser", "tokenizer"]),
 ])
@@ -795,6 +819,7 @@ def test_checkpoints_of_something_else_are_refused(base, train, draw, tmp_path):
         assert f"tokenizer={unfinished}" in (message := failure(call, tokenizer=unfinished)) and "resume" in message
         assert str(ROOT / "LICENSE") in failure(call, tokenizer=ROOT / "LICENSE")
     assert f"checkpoint={tokenizer}" in failure(draw, checkpoint=tokenizer)
+    assert f"out_dir={base / 'tokenizer'}" in failure(train, out_dir=base / "tokenizer", resume=True)
     other = changed_tokenizer(base, tmp_path / "other.pt", "bottleneck.mlp.fc2.weight")
     message = failure(draw, tokenizer=other)
     assert f"tokenizer={other}" in message and str(generator) in message

@@ -403,6 +403,64 @@ def test_a_validation_batch_without_any_good_image(tmp_path, here, monkeypatch):
     assert checkpoint(tmp_path / "out")["finished"] and log(tmp_path / "out")[1][0]["val_psnr"] > 5
 
 
+def test_every_step_follows_its_schedules(here, tmp_path, monkeypatch):
+    """The rate rises and falls along a cosine, the teacher's momentum rises along one to 1, its temperature along a
+    line; and the gradient that reaches the optimizer is no longer than grad_clip."""
+    step, average, loss, seen = torch.optim.AdamW.step, runtime.update_average, ssl.IBOTLoss.__call__, []
+
+    def call_loss(self, student, teacher, weights, teacher_temp):
+        seen.append({"temperature": teacher_temp})
+        return loss(self, student, teacher, weights, teacher_temp)
+
+    def make_step(optimizer):
+        gradients = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        seen[-1].update(rate=optimizer.param_groups[0]["lr"], norm=torch.cat(gradients).norm().item())
+        return step(optimizer)
+
+    def update_average(averaged, trained, momentum):
+        seen[-1]["momentum"] = momentum
+        average(averaged, trained, momentum)
+
+    monkeypatch.setattr(ssl.IBOTLoss, "__call__", call_loss)
+    monkeypatch.setattr(torch.optim.AdamW, "step", make_step)
+    monkeypatch.setattr(runtime, "update_average", update_average)
+    here(grad_clip=0.01, teacher_temp_warmup=0.5, learning_rate=1e-3, min_learning_rate=1e-6, teacher_momentum=0.9,
+         out_dir=tmp_path)
+    falls = [(1 + np.cos(np.pi * k / 8)) / 2 for k in range(8)]  # after the two steps of warm-up
+    for name, expected in {
+            "temperature": [*np.linspace(0.04, 0.07, 6), *[0.07] * 4], "norm": [0.01] * 10,
+            "rate": [0.5e-3, 1e-3, *(1e-6 + (1e-3 - 1e-6) * x for x in falls)],
+            "momentum": [1 - 0.1 * (1 + np.cos(np.pi * k / 10)) / 2 for k in range(10)]}.items():
+        assert [each[name] for each in seen] == pytest.approx(expected, rel=1e-3), name
+
+
+def test_the_defaults_are_the_paper_s():
+    """Table 7, left, and Sec. 4.1; iBOT's crops, head and teacher."""
+    table = dict(epochs=50, batch_size=512, betas=(0.9, 0.95), weight_decay=0.04, learning_rate=1e-3,
+                 min_learning_rate=1e-6, warmup_epochs=5, lpips_weight=1, adversarial_weight=0, alpha=0.1,
+                 ssl_method="ibot", image_size=256, patch_size=8, downsample=32, latent_channels=128, stc_depth=6,
+                 compression="conv", encoder="S", decoder="S", global_crop_size=224, global_crop_scale=(0.25, 1),
+                 local_crops=10, local_crop_size=96, local_crop_scale=(0.05, 0.25), prototypes=8192,
+                 teacher_momentum=0.996, teacher_temp=(0.04, 0.07), grad_clip=3, freeze_prototypes_epochs=1)
+    assert {name: getattr(train_tokenizer, name) for name in table} == table
+
+
+def test_sigterm_in_a_validation_is_not_waited_for(straight, here, tmp_path, monkeypatch):
+    """The next step saves; no PSNR of a part of the images is logged, and resumed it is the run that nothing stopped.
+    So it is where the latents are measured, which comes last."""
+    same = dict(epochs=2, freeze_prototypes_epochs=1, out_dir=tmp_path, resume=True)
+    for place, name, eval_every, step in (data, "psnr", 5, 6), (train_tokenizer, "measure_latents", 1000, 20):
+        plain = getattr(place, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, lambda *given: (signal.raise_signal(signal.SIGTERM), plain(*given))[1])
+            here(**same, eval_every=eval_every)
+        assert (checkpoint(tmp_path)["step"], checkpoint(tmp_path)["finished"]) == (step, False)
+        assert log(tmp_path)[1] == []
+    here(**same)
+    ours, theirs = tensors(checkpoint(tmp_path)), tensors(checkpoint(straight))
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
 def test_a_loss_that_breaks_stops_the_run_and_keeps_the_checkpoint(tmp_path, here):
     """With the step and the term, and the last checkpoint as it was before."""
     message = failure(here, learning_rate=1e30, warmup_epochs=0, save_every=1, out_dir=tmp_path)
