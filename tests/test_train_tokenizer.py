@@ -413,8 +413,9 @@ def test_every_step_follows_its_schedules(here, tmp_path, monkeypatch):
         return loss(self, student, teacher, weights, teacher_temp)
 
     def make_step(optimizer):
-        gradients = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        seen[-1].update(rate=optimizer.param_groups[0]["lr"], norm=torch.cat(gradients).norm().item())
+        trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.cat([p.grad.flatten() for p in trained]).norm().item()
+        seen[-1].update(rate=optimizer.param_groups[0]["lr"], norm=norm)
         return step(optimizer)
 
     def update_average(averaged, trained, momentum):
