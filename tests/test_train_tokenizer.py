@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import lpips
@@ -376,6 +377,23 @@ def test_without_self_supervision_it_trains_on_a_folder_of_images(tmp_path, here
     assert all(line["loss"] == pytest.approx(0.1 * line["l1"], abs=1e-5) for line in steps)
     assert [line["step"] for line in validations] == [5, 10, 15]
     assert "heads" not in checkpoint(out_dir)
+
+
+@pytest.mark.parametrize("values", [20, 300])
+def test_pca_is_numpy_s(values, monkeypatch):
+    """The baseline's PSNR, by a singular value decomposition in float64; with more values than pixels it has no error.
+    """
+    for name, value in dict(image_size=8, workers=0, stats_images=0, val_images=0).items():
+        monkeypatch.setattr(train_tokenizer, name, value)
+    train, val = data.Shapes("train", 300, 8), data.Shapes("val", 40, 8)
+    x, y = (np.stack([np.asarray(source.load(i)) for i in range(len(source))]).reshape(-1, 192) / 255.0
+            for source in (train, val))
+    basis = np.linalg.svd(x - x.mean(0), full_matrices=False)[2][:values]
+    z = ((y - x.mean(0)) @ basis.T @ basis + x.mean(0)).clip(0, 1)
+    mse = np.square((z * 255).round() - y * 255).mean(1).clip(1e-10)
+    alone = SimpleNamespace(rank=0, count=1, sum=lambda tensor: tensor)
+    assert train_tokenizer.pca_psnr(train, val, values, alone) == pytest.approx(
+        (10 * np.log10(255**2 / mse)).mean(), abs=0.02)
 
 
 def test_without_local_crops_it_trains(tmp_path, here):
