@@ -44,11 +44,6 @@ import train_tokenizer as stage1
 from model import JointTokenizer, LightningDiT, TCAE, compile_blocks, flow_matching_loss, guided, sample_flow
 from runtime import check
 
-# PyTorch before 2.14 has no count for the CPU's attention; it is that of the GPU's
-for way in "", "_backward":
-    flop_registry.setdefault(getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{way}"),
-                             flop_registry[getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{way}")])
-
 only = "steps,tokens,data,run"  # which tables
 sizes = "auto"  # "shapes" or "paper"; auto = paper on CUDA, else shapes
 batch_size = 0  # images per step; 0 = the configuration's, for the paper's sizes an eighth of it (one GPU of eight)
@@ -130,6 +125,12 @@ def rebuild(value, on):
         count = 1 + sum((n - 1) * stride for n, stride in zip(value.shape, value.stride))
         return torch.randn(count, device=on).to(value.dtype).as_strided(value.shape, value.stride)
     return [rebuild(each, on) for each in value] if isinstance(value, tuple) else value
+
+
+# PyTorch before 2.15 has no count for the CPU's attention; it is that of the GPU's
+for way in "", "_backward":
+    flop_registry.setdefault(getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{way}"),
+                             flop_registry[getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{way}")])
 
 
 class Products(TorchDispatchMode):

@@ -198,11 +198,10 @@ def open_latents(tcae, saved, processes):
              "files": source.fingerprint()}
     if rebuild_cache and processes.first and os.path.exists(path):
         os.remove(path)
-    processes.wait()
+    processes.wait()  # nobody may look at the old one
     differences = data.Store.differences(path, about)
     check(not differences, f"cache: {path} was made from something else ({differences}). "
                            "--rebuild_cache=True makes it anew, another --cache keeps both")
-    processes.wait()  # until all have looked
     store = data.Store.shared(path, about, len(source), (2, *latent_shape(saved)), np.float16, processes)
     fill_cache(store, tcae, source, image_size, bad_files, processes)
     latents = Latents(store, source)

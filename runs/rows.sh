@@ -87,7 +87,7 @@ generator() { # name of a row whose tokenizer is there, constants of train_dit.p
     done
 }
 
-finished() { # train_dit.py ends well after SIGTERM too, and half a generator must not get into a table
+finished() { # a checkpoint's run: train_dit.py exits 0 after SIGTERM too, and half a generator is not for a table
     "$PYTHON" - "$1" <<<'import sys, torch
 path = sys.argv[1]
 sys.exit(None if torch.load(path, weights_only=True, mmap=True)["finished"] else f"{path} is not finished: call again")'
