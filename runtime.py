@@ -141,6 +141,7 @@ class Processes:
         check(seed < 2**63, f"seed={seed} must be below 2^63")
         torch.manual_seed(seed)
         torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
+        torch.set_flush_denormal(True)  # below 1e-38 is 0: a CPU takes many times as long for such numbers
         check(dtype in ("auto", "bfloat16", "float32"), f"dtype={dtype!r}: it is 'auto', 'bfloat16' or 'float32'")
         self.dtype = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and self.bf16_pays() else torch.float32
         self.stop = False

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import runtime
-from conftest import ROOT, run_script
+from conftest import ROOT, python, run_script
 
 SCRIPT = '''"""A script."""
 import os
@@ -153,6 +153,13 @@ def test_only_the_first_process_speaks(monkeypatch):
 def test_a_device_or_type_that_is_not_there_is_named(arguments, name):
     """device=cuda on a laptop is the common case."""
     assert name in failure(runtime.Processes, *arguments)
+
+
+def test_numbers_below_those_of_full_precision_are_zero():
+    """On every thread, of which there must be none before; so in a process of its own."""
+    out = python("-c", "import torch, runtime\nruntime.Processes('cpu', 'float32')\ntorch.set_num_threads(2)\n"
+                       "print((torch.full((1 << 20,), 1e-30) * 1e-10).count_nonzero().item())").stdout
+    assert out.splitlines()[-1] == "0"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
