@@ -50,7 +50,7 @@ batch_size = 0  # images per step; 0 = the configuration's, for the paper's size
 repeats = 9  # timed calls of each, of which the median is shown
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
-compile = True  # torch.compile the transformer blocks, on CUDA
+compile = "auto"  # torch.compile the blocks: True (a CPU needs a C++ compiler for it), False; auto = on CUDA
 
 HERE, CPU = Path(__file__).parent, torch.device("cpu")
 CONFIGS = {"shapes": {"joint": ["shapes_tokenizer.py"], "finetune": ["shapes_tokenizer.py", "cifar10_finetune.py"],
@@ -349,7 +349,7 @@ def show_steps(processes):
     def measure(name, images, step, modules, plain=None):
         with Products() as products:  # before compiling: what is inside compiled code can't be seen
             step()
-        if compile and on.type == "cuda":
+        if processes.compiles(compile):
             compile_blocks(*modules)
         times = medians({"ours": step, "plain": plain or (lambda: None)}, on)
         ours, rate = times["ours"], products.operations / times["ours"] / 1e12
@@ -386,7 +386,7 @@ def show_tokens(processes):
         configure(stage1, [], f"--patch_size={p}", f"--stc_depth={depth}", "--lpips_weight=0", *crops)
         encode, _, modules = coding(4 * images, processes)
         step, more = tokenizer_step(images, processes)
-        if compile and on.type == "cuda":
+        if processes.compiles(compile):
             compile_blocks(*modules, *more)
         steps[p, depth] = encode, step
     encoding, joint = (medians({key: pair[k] for key, pair in steps.items()}, on) for k in (0, 1))

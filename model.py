@@ -1,6 +1,6 @@
 """Every network with parameters, in the order in which an image meets them.
 
-    Attention, MLP, Block          the transformer, as in ViT (pre-norm); compile_blocks for CUDA
+    Attention, MLP, Block          the transformer, as in ViT (pre-norm); compile_blocks
     Encoder                        patches -> M blocks -> 2 x 2 tokens become 1 -> the other blocks -> image tokens
     Bottleneck                     image tokens -> latent: pixel shuffle, then an MLP
     Decoder                        the mirror image of both

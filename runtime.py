@@ -15,6 +15,7 @@ import math
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,6 +96,8 @@ def convert(name, value, default, where):
             value = text if wanted is str else ast.literal_eval(text.capitalize() if wanted is bool else text)
         except (ValueError, SyntaxError):
             value = text
+    if isinstance(value, bool) and default in ("auto", "True", "False"):
+        value = str(value)  # a config file's, for a constant that may be "auto" too
     if wanted is int and isinstance(value, float) and value.is_integer():
         value = int(value)  # 5e4
     if wanted is float and type(value) is int:
@@ -183,6 +186,14 @@ class Processes:
 
         votes = self.sum(torch.tensor(float(seconds(torch.bfloat16) < 0.5 * seconds(torch.float32))))
         return votes.item() == self.count
+
+    def compiles(self, wanted):
+        """Whether blocks are to be compiled, by the constant `compile`: "True", "False" or "auto", which is on CUDA."""
+        check(wanted in ("auto", "True", "False"), f"compile={wanted!r}: it is 'auto', True or False")
+        compiler = os.environ.get("CXX", "c++")
+        check(wanted != "True" or self.device.type != "cpu" or shutil.which(compiler),
+              f"compile=True needs a C++ compiler on a CPU, and there is no {compiler} (CXX names another)")
+        return wanted == "True" or wanted == "auto" and self.device.type == "cuda"
 
     def autocast(self):
         """A context in which matrix products run in `dtype`."""

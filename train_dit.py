@@ -51,7 +51,7 @@ resume = False  # True: go on from out_dir/checkpoint.pt if there is one
 seed = 0  # of everything random
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
-compile = True  # torch.compile the transformer blocks, on CUDA
+compile = "auto"  # torch.compile the blocks: True (a CPU needs a C++ compiler for it), False; auto = on CUDA
 log_every = 100  # steps
 save_every = 5000  # steps between checkpoints
 sample_every = 5000  # steps between pictures of EMA samples
@@ -237,6 +237,7 @@ def main():
         processes.print(f"{path} is finished: step {resumed['step']}")
         return processes.close()
     check_constants(processes)
+    compiled = processes.compiles(compile)
     runtime.make_folder(out_dir)
 
     on = processes.device
@@ -275,7 +276,7 @@ def main():
                 "latent_shape": shape, "classes": class_names, "model": model.state_dict(), "ema": ema.state_dict(),
                 "optimizer": optimizer.state_dict()})
 
-    if compile and on.type == "cuda":
+    if compiled:
         compile_blocks(model, ema)
     trained, averaged = list(model.parameters()), list(ema.parameters())
     wrapped = processes.distribute(model)

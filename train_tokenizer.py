@@ -88,7 +88,7 @@ resume = False  # True: go on from out_dir/checkpoint.pt if there is one
 seed = 0  # of everything random
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
-compile = True  # torch.compile the transformer blocks, on CUDA
+compile = "auto"  # torch.compile the blocks: True (a CPU needs a C++ compiler for it), False; auto = on CUDA
 log_every = 50  # steps
 save_every = 1000  # steps between checkpoints
 eval_every = 1000  # steps between validations, each with a picture
@@ -407,6 +407,7 @@ def main():
         processes.print(f"{path} is finished: step {saved['step']}")
         return processes.close()
     check_constants(processes)
+    compiled = processes.compiles(compile)
 
     train, val = (data.open_split(data_dir, split, image_size, shapes_images) for split in ("train", "val"))
     data.check_same_classes(train, val)
@@ -468,7 +469,7 @@ def main():
                 **({"heads": heads.state_dict(), "teacher": teacher.state_dict(), "centers": ibot.centers}
                    if ibot else {})})
 
-    if compile and on.type == "cuda":
+    if compiled:
         compile_blocks(*filter(None, (model, teacher, adversary and adversary.network)))
     student = [*tcae.encoder.parameters(), *heads.parameters()] if ibot else []
     teachers = [*teacher["encoder"].parameters(), *teacher["heads"].parameters()] if ibot else []

@@ -2,6 +2,7 @@
 #
 #   DATA=imagenet GPUS=8 runs/table2.sh      # DATA holds train/, val/ and ADM's VIRTUAL_imagenet256_labeled.npz
 #   SCALE=shapes runs/table2.sh              # the same rows in tiny, on built-in shapes: what runs, not what comes out
+#   ACCUMULATE=2 DATA=imagenet runs/table2.sh # a tokenizer's steps in two parts, for GPUs with less memory
 #   PYTHON=echo DATA=imagenet runs/table2.sh # runs nothing and shows the commands
 #
 # All need the environment that runs/setup.sh makes, or PYTHON=, another Python with the same packages.
@@ -59,7 +60,8 @@ tokenizer() { # name, constants of train_tokenizer.py: trains and measures a tok
         constants=()
         while read -r constant; do constants+=("$constant"); done < <(toy "${@:2}")
     fi
-    launch train_tokenizer.py "${TOKENIZER[@]}" "${constants[@]}" --out_dir="$out/tokenizer" --resume=True
+    launch train_tokenizer.py "${TOKENIZER[@]}" "${constants[@]}" --accumulate="${ACCUMULATE:-1}" \
+        --out_dir="$out/tokenizer" --resume=True
     [ "$SCALE" = shapes ] && feature_net "$out/tokenizer/checkpoint.pt"
     [ -f "$out/tokenizer.json" ] || launch eval.py --tokenizer="$out/tokenizer/checkpoint.pt" \
         --out="$out/tokenizer.json" ${NET[@]+"${NET[@]}"}

@@ -118,14 +118,16 @@ def test_steps_table(tiny, capsys, dtype):
 
 @pytest.mark.parametrize("method", ["ibot", "dino", "dinov2", "finetune"])
 def test_no_step_waits_for_its_device(tiny, method, monkeypatch):
-    """On the meta device, whose tensors have no values: what would make the host wait for a GPU, such as .item(), .cpu(),
-    an `if` or a mask as an index, is an error there, as is a tensor of the CPU among the device's."""
+    """On the meta device, whose tensors have no values: what would make the host wait for a GPU, such as .item(),
+    .cpu(), an `if` or a mask as an index, is an error there, as is a tensor of the CPU among the device's."""
     processes = SimpleNamespace(device=torch.device("meta"), dtype=torch.float32, autocast=nullcontext, rank=0, count=1,
                                 distribute=lambda model: model, sum=lambda tensor: tensor, print=lambda *_: None)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # meta has none
     joint, finetune = bench.CONFIGS["shapes"]["joint"], bench.CONFIGS["shapes"]["finetune"]
-    files, more = (finetune, "--discriminator_weights=random") if method == "finetune" else (joint, f"--ssl_method={method}")
-    bench.configure(train_tokenizer, files, more)
+    if method == "finetune":
+        bench.configure(train_tokenizer, finetune, "--discriminator_weights=random")
+    else:
+        bench.configure(train_tokenizer, joint, f"--ssl_method={method}")
     bench.configure(train_dit, bench.CONFIGS["shapes"]["dit"])
     encode, decode, _ = bench.coding(4, processes)
     for step in (bench.tokenizer_step(8, processes)[0], bench.generator_step(4, processes)[0], encode, decode,

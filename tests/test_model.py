@@ -1,5 +1,8 @@
 """The networks: shapes at every setting of the paper, the transformer against others' code, and what masks may hide."""
+import copy
 import itertools
+import os
+import shutil
 from functools import partial
 
 import pytest
@@ -9,8 +12,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block as TimmBlock
 
 import model
-from model import (DINO, TCAE, Attention, Block, DiTBlock, Encoder, IBOTHead, LightningDiT, compile_blocks, patchify,
-                   position_embedding, regrid, to_map, to_tokens)
+from model import (DINO, TCAE, Attention, Block, DiTBlock, Encoder, IBOTHead, LightningDiT, compile_blocks,
+                   flow_matching_loss, patchify, position_embedding, regrid, to_map, to_tokens)
 
 SMALL = dict(image_size=32, patch_size=4, downsample=8, latent_channels=6, encoder="32/2/2", decoder="32/2/2",
              stc_depth=1)
@@ -134,6 +137,24 @@ def graph(tensor):
         names += type(step).__name__ + " "
         todo += [earlier for earlier, _ in step.next_functions if earlier]
     return names
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "c++")), reason="compiling on a CPU takes a C++ compiler")
+def test_compiled_blocks_compute_the_same():
+    """For real, on the CPU, with gradients; what differs is float32's rounding."""
+    torch.manual_seed(0)
+    dit, z, noise = LightningDiT("16/2/2", 4, 4, 3), *torch.randn(2, 3, 4, 4, 4)
+    for p in dit.parameters():  # adaLN-Zero starts as the identity
+        torch.nn.init.normal_(p, std=0.1)
+    results = []
+    for network in dit, copy.deepcopy(dit):
+        if results:
+            compile_blocks(network)
+        loss = flow_matching_loss(network, z, torch.tensor([0, 1, 3]), noise, torch.tensor([0.2, 0.5, 0.9]))
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in network.parameters())])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+    assert network.blocks[0]._compiled_call_impl is not None
 
 
 def test_compiling_reaches_every_block_and_nothing_else(monkeypatch):

@@ -104,7 +104,8 @@ def test_a_wrong_argument_is_one_line_that_names_it(configure, argument, words):
 
 @pytest.mark.parametrize("line, word", [("rate = float('nan')", "rate"), ("sise = 3", "size"), ("size = 2.5", "size"),
                                         ("size = -4", "size"), ("pair = [0.5, 1]", "pair"), ("name = 3", "name"),
-                                        ("size = = 3", "SyntaxError"), ("size = sise", "sise")])
+                                        ("name = True", "name"), ("size = = 3", "SyntaxError"),
+                                        ("size = sise", "sise")])
 def test_a_wrong_line_in_a_config_file_is_named_with_the_file(configure, tmp_path, line, word):
     """The same rules as on the command line."""
     (tmp_path / "wrong.py").write_text(line + "\n")
@@ -153,6 +154,21 @@ def test_only_the_first_process_speaks(monkeypatch):
 def test_a_device_or_type_that_is_not_there_is_named(arguments, name):
     """device=cuda on a laptop is the common case."""
     assert name in failure(runtime.Processes, *arguments)
+
+
+def test_when_blocks_are_compiled(monkeypatch):
+    """By default on CUDA alone; on a CPU by True, where there is a C++ compiler."""
+    def compiles(wanted, device="cpu"):
+        return runtime.Processes.compiles(SimpleNamespace(device=torch.device(device)), wanted)
+
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: "/usr/bin/c++")
+    assert [compiles(wanted, "cuda") for wanted in ("auto", "True", "False")] == [True, True, False]
+    assert [compiles(wanted) for wanted in ("auto", "True", "False")] == [False, True, False]
+    assert "compile='yes'" in failure(compiles, "yes")
+    monkeypatch.setattr(runtime.shutil, "which", lambda name: None)
+    assert not compiles("auto") and not compiles("False") and "C++ compiler" in failure(compiles, "True")
+    assert runtime.convert("compile", True, "auto", "a.py") == "True"  # as one writes it in a config file
+    assert runtime.convert("compile", False, "True", "b.py") == "False"
 
 
 def test_numbers_below_those_of_full_precision_are_zero():
