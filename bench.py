@@ -372,8 +372,9 @@ def show_steps(processes):
     configure(stage2, CONFIGS[sizes]["dit"])
     images = images_per_step(stage2)
     measure("generator", images, *generator_step(images, processes), generator_step(images, plainly)[0])
-    encode, decode, modules = coding(images, processes)
+    encode, _, modules = coding(images, processes)
     measure("encode", images, encode, modules)
+    _, decode, modules = coding(images, processes)  # not compiled yet
     measure("decode", images, decode, modules)
     measure("sampling, one guided step", images, *sampling(images, processes))
 
@@ -462,6 +463,7 @@ def main():
     check(sizes in ("auto", *CONFIGS), f"sizes={sizes!r}: it is auto, {' or '.join(CONFIGS)}")
     check(repeats > 0, f"repeats={repeats} must be at least 1")
     processes = runtime.Processes(device, dtype)
+    processes.compiles(compile)  # what can't be should end it now, not in the midst of a table
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to save
     sizes = {"auto": "paper" if processes.device.type == "cuda" else "shapes"}.get(sizes, sizes)
     print(f"PyTorch {torch.__version__}, sizes={sizes}")

@@ -15,7 +15,6 @@ import math
 import os
 import re
 import runpy
-import shutil
 import signal
 import subprocess
 import sys
@@ -96,8 +95,8 @@ def convert(name, value, default, where):
             value = text if wanted is str else ast.literal_eval(text.capitalize() if wanted is bool else text)
         except (ValueError, SyntaxError):
             value = text
-    if isinstance(value, bool) and default in ("auto", "True", "False"):
-        value = str(value)  # a config file's, for a constant that may be "auto" too
+    if default in ("auto", "True", "False") and str(value).lower() in ("true", "false"):
+        value = str(value).capitalize()  # in a config file it is a bool, on the command line often lower case
     if wanted is int and isinstance(value, float) and value.is_integer():
         value = int(value)  # 5e4
     if wanted is float and type(value) is int:
@@ -188,11 +187,14 @@ class Processes:
         return votes.item() == self.count
 
     def compiles(self, wanted):
-        """Whether blocks are to be compiled, by the constant `compile`: "True", "False" or "auto", which is on CUDA."""
+        """Whether blocks are to be compiled, by the constant `compile`: "True", "False" or "auto" (on CUDA alone)."""
         check(wanted in ("auto", "True", "False"), f"compile={wanted!r}: it is 'auto', True or False")
-        compiler = os.environ.get("CXX", "c++")
-        check(wanted != "True" or self.device.type != "cpu" or shutil.which(compiler),
-              f"compile=True needs a C++ compiler on a CPU, and there is no {compiler} (CXX names another)")
+        if wanted == "True":
+            try:
+                torch.compile(lambda x: x + 1)(torch.ones(2, device=self.device))
+            except Exception as error:
+                fail("compile=True does not work here (a CPU needs a C++ compiler for it): "
+                     f"{str(error).splitlines()[0]}", everywhere=False)
         return wanted == "True" or wanted == "auto" and self.device.type == "cuda"
 
     def autocast(self):

@@ -2,7 +2,7 @@
 #
 #   DATA=imagenet GPUS=8 runs/table2.sh      # DATA holds train/, val/ and ADM's VIRTUAL_imagenet256_labeled.npz
 #   SCALE=shapes runs/table2.sh              # the same rows in tiny, on built-in shapes: what runs, not what comes out
-#   ACCUMULATE=2 DATA=imagenet runs/table2.sh # a tokenizer's steps in two parts, for GPUs with less memory
+#   ACCUMULATE=2 DATA=imagenet runs/table2.sh # a tokenizer's steps in two parts, for less memory (DINOv2's KoLeo sees half)
 #   PYTHON=echo DATA=imagenet runs/table2.sh # runs nothing and shows the commands
 #
 # All need the environment that runs/setup.sh makes, or PYTHON=, another Python with the same packages.

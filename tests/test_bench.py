@@ -116,22 +116,30 @@ def test_steps_table(tiny, capsys, dtype):
     assert all(float(cells[7]) > 0 for cells in rows[:3])
 
 
-@pytest.mark.parametrize("method", ["ibot", "dino", "dinov2", "finetune"])
-def test_no_step_waits_for_its_device(tiny, method, monkeypatch):
-    """On the meta device, whose tensors have no values: what would make the host wait for a GPU, such as .item(),
-    .cpu(), an `if` or a mask as an index, is an error there, as is a tensor of the CPU among the device's."""
-    processes = SimpleNamespace(device=torch.device("meta"), dtype=torch.float32, autocast=nullcontext, rank=0, count=1,
-                                distribute=lambda model: model, sum=lambda tensor: tensor, print=lambda *_: None)
+@pytest.fixture
+def meta(monkeypatch):
+    """Processes on the meta device, whose tensors have no values: what would make the host wait for a GPU, such as
+    .item(), .cpu(), an `if` or a mask as an index, is an error there, as is a tensor of the CPU among the device's."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # meta has none
-    joint, finetune = bench.CONFIGS["shapes"]["joint"], bench.CONFIGS["shapes"]["finetune"]
-    if method == "finetune":
-        bench.configure(train_tokenizer, finetune, "--discriminator_weights=random")
-    else:
-        bench.configure(train_tokenizer, joint, f"--ssl_method={method}")
+    return SimpleNamespace(device=torch.device("meta"), dtype=torch.float32, autocast=nullcontext, rank=0, count=1,
+                           distribute=lambda model: model, sum=lambda tensor: tensor, print=lambda *_: None)
+
+
+@pytest.mark.parametrize("method", ["ibot", "dino", "dinov2", "none"])
+def test_no_tokenizer_step_waits_for_its_device(tiny, meta, method):
+    """Networks, losses and updates; with "none" against the discriminator."""
+    config = bench.CONFIGS["shapes"]["finetune" if method == "none" else "joint"]
+    bench.configure(train_tokenizer, config, f"--ssl_method={method}", "--discriminator_weights=random")
+    step, _ = bench.tokenizer_step(8, meta)
+    step()
+
+
+def test_no_step_on_latents_waits_for_its_device(tiny, meta):
+    """The generator's, and encoding, decoding and sampling."""
+    bench.configure(train_tokenizer, bench.CONFIGS["shapes"]["joint"])
     bench.configure(train_dit, bench.CONFIGS["shapes"]["dit"])
-    encode, decode, _ = bench.coding(4, processes)
-    for step in (bench.tokenizer_step(8, processes)[0], bench.generator_step(4, processes)[0], encode, decode,
-                 bench.sampling(4, processes)[0]):
+    encode, decode, _ = bench.coding(4, meta)
+    for step in bench.generator_step(4, meta)[0], encode, decode, bench.sampling(4, meta)[0]:
         step()
 
 

@@ -1,13 +1,12 @@
 """The networks: shapes at every setting of the paper, the transformer against others' code, and what masks may hide."""
 import copy
 import itertools
-import os
-import shutil
 from functools import partial
 
 import pytest
 import timm
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block as TimmBlock
 
@@ -139,9 +138,13 @@ def graph(tensor):
     return names
 
 
-@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "c++")), reason="compiling on a CPU takes a C++ compiler")
 def test_compiled_blocks_compute_the_same():
     """For real, on the CPU, with gradients; what differs is float32's rounding."""
+    torch._inductor.config.compile_threads = 1  # no pool of processes, since later tests fork this one
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(2))
+    except Exception as error:
+        pytest.skip(f"nothing can be compiled here: {error}")
     torch.manual_seed(0)
     dit, z, noise = LightningDiT("16/2/2", 4, 4, 3), *torch.randn(2, 3, 4, 4, 4)
     for p in dit.parameters():  # adaLN-Zero starts as the identity

@@ -58,6 +58,18 @@ def base(tmp_path_factory):
     return base
 
 
+def test_what_is_trained_is_compiled(base, tmp_path, monkeypatch):
+    """Both scripts hand their networks over, if told to; that these then compute the same is test_model.py's."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda call: call)
+    for script in train_tokenizer, train_dit:
+        monkeypatch.setattr(script, "compile_blocks", lambda *networks: compiled.extend(networks))
+    run_here(train_tokenizer, **{**TOKENIZER, "epochs": 1, "out_dir": tmp_path / "a", "compile": True})
+    run_here(train_dit, **{**TINY, "epochs": 1, "decay_epoch": 1, "out_dir": tmp_path / "b", "compile": True},
+             tokenizer=base / "tokenizer" / "checkpoint.pt", cache=base / "latents.cache")
+    assert [type(network).__name__ for network in compiled] == ["JointTokenizer", "LightningDiT", "LightningDiT"]
+
+
 @pytest.fixture
 def train(base, tmp_path):
     """train(**changes) runs train_dit's main() in this process, on the cache, into tmp_path."""
