@@ -463,7 +463,7 @@ def main():
     check(sizes in ("auto", *CONFIGS), f"sizes={sizes!r}: it is auto, {' or '.join(CONFIGS)}")
     check(repeats > 0, f"repeats={repeats} must be at least 1")
     processes = runtime.Processes(device, dtype)
-    processes.compiles(compile)  # what can't be should end it now, not in the midst of a table
+    processes.compiles(compile)  # where that does not work, this ends it before anything is measured
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to save
     sizes = {"auto": "paper" if processes.device.type == "cuda" else "shapes"}.get(sizes, sizes)
     print(f"PyTorch {torch.__version__}, sizes={sizes}")

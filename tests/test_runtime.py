@@ -173,11 +173,11 @@ def test_when_blocks_are_compiled(monkeypatch):
     assert "compile=True" in (message := failure(compiles, "True")) and message.endswith("C++ compiler found")
 
 
-@pytest.mark.parametrize("value", [True, "True", "true"])
-def test_true_for_a_constant_that_is_auto(value):
-    """As one writes it in a config file, and on the command line."""
-    assert runtime.convert("compile", value, "auto", "here") == "True"
-    assert runtime.convert("compile", False, "True", "here") == "False"
+@pytest.mark.parametrize("default", ["auto", "True", "False"])
+@pytest.mark.parametrize("value", [True, False, "True", "false"])
+def test_true_and_false_for_a_constant_that_is_auto(value, default):
+    """As one writes them in a config file, and on the command line, which may follow one another."""
+    assert runtime.convert("compile", value, default, "here") == str(value).capitalize()
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors lose no time with them")
