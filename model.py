@@ -371,7 +371,9 @@ class IBOTHead(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
                                  nn.Linear(hidden, bottleneck))
-        self.prototypes = nn.Parameter(torch.randn(prototypes, bottleneck))
+        # Rows start with length 0.58, a linear layer's default, as in iBOT under its weight norm: the longer they are,
+        # the slower AdamW turns them.
+        self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck).uniform_(-1, 1) * bottleneck**-0.5)
         self.apply(init_weights)
 
     def forward(self, tokens):
@@ -509,23 +511,22 @@ class Discriminator(nn.Module):
 
 
 def augment_differentiably(images):
-    """Random brightness, saturation, contrast and a shift by up to an eighth of the side, per image, (B, 3, H, W): of
-    real and generated images alike, so that the discriminator can't learn the training images by heart (DiffAugment).
-    """
+    """A random shift by up to an eighth of the side, then random brightness, saturation and contrast, per image,
+    (B, 3, H, W): of real and generated images alike, so that the discriminator can't learn the training images by heart
+    (DiffAugment, in RAE's order: what the shift uncovers is grey before the colours change)."""
     B, _, height, width = images.shape
-    brightness, saturation, contrast = torch.rand(3, B, 1, 1, 1, device=images.device)
-    x = images + brightness - 0.5
-    mean = x.mean(1, keepdim=True)
-    x = mean + (x - mean) * 2 * saturation
-    mean = x.mean((1, 2, 3), keepdim=True)
-    x = mean + (x - mean) * (contrast + 0.5)
     down, right = ((torch.rand(2, B, 1, 1, device=images.device) * 2 - 1) / 8)  # as shares of the sides
     rows = torch.arange(height, device=images.device)[:, None] - (down * height).round().long()  # (B, H, 1)
     columns = torch.arange(width, device=images.device) - (right * width).round().long()  # (B, 1, W)
-    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)  # (B, H, W); beyond it: grey
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)  # (B, H, W)
     source = rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)
-    x = x.flatten(2).gather(2, source.flatten(1)[:, None].expand(-1, 3, -1)).view_as(x)
-    return x * inside[:, None]
+    x = images.flatten(2).gather(2, source.flatten(1)[:, None].expand(-1, 3, -1)).view_as(images) * inside[:, None]
+    brightness, saturation, contrast = torch.rand(3, B, 1, 1, 1, device=images.device)
+    x = x + brightness - 0.5
+    mean = x.mean(1, keepdim=True)
+    x = mean + (x - mean) * 2 * saturation
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return mean + (x - mean) * (contrast + 0.5)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -132,15 +132,16 @@ def augment(pixels, rng, blur, solarize, blur_scale):
 def block_mask(height, width, ratio, rng):
     """A mask (height, width), True = hidden, made of rectangles until about `ratio` of it is hidden, never more (BEiT).
 
-    Rectangles have an aspect of 0.3 to 1/0.3; the smallest cover (min(height, width) // 3)² tokens where so many are
-    left to hide.
+    Rectangles have an aspect of 0.3 to 1/0.3 and cover at least (min(height, width) // 3)² tokens. Where fewer are left
+    to hide, iBOT draws the area between the two: such a block fits only if it overlaps what is hidden already, so a mask
+    stays in few pieces.
     """
     mask, wanted = np.zeros((height, width), bool), ratio * height * width
     smallest = (min(height, width) // 3) ** 2
     failures = 0
     while mask.sum() < wanted and failures < 10:
         left_to_hide = wanted - mask.sum()
-        area = rng.uniform(smallest, left_to_hide) if smallest < left_to_hide else left_to_hide
+        area = rng.uniform(*sorted((smallest, left_to_hide)))
         aspect = np.exp(rng.uniform(np.log(0.3), np.log(1 / 0.3)))
         h, w = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
         failures += 1
@@ -302,6 +303,6 @@ class IBOTLoss:
 # The teacher's temperature (its momentum is runtime.cosine)
 
 
-def teacher_temperature(progress, warmup, start, end):
-    """Linear from `start` to `end` over the first `warmup` of training; both are shares of it, 0 to 1."""
-    return start + (end - start) * min(1.0, progress / warmup) if warmup else end
+def teacher_temperature(epoch, warmup_epochs, start, end):
+    """Linear from `start` to `end` over the first `warmup_epochs`, however long the training (iBOT)."""
+    return start + (end - start) * min(1.0, epoch / warmup_epochs) if warmup_epochs else end

@@ -11,6 +11,7 @@ Adversary.
 Writes out_dir/checkpoint.pt, log.jsonl and reconstructions.png.
 """
 import copy
+import math
 import os
 from types import SimpleNamespace
 
@@ -43,7 +44,7 @@ stc_depth = 6  # M: the compression layer stands after block M; 0 = no staged co
 compression = "conv"  # or "shuffle" (Table 8)
 
 # Objective
-alpha = 0.1  # α, weight of the reconstruction (Table 9)
+alpha = 0.1  # α, weight of the reconstruction (Table 9). L1 is on [-1, 1] here, twice that on [0, 1]: the paper says neither
 lpips_weight = 1.0  # λ_p; 0 = no perceptual loss, and no VGG weights needed
 
 # Self-supervision
@@ -57,7 +58,7 @@ local_crop_size = 96  # pixels
 local_crop_scale = (0.05, 0.25)  # share of the image's area
 teacher_momentum = 0.996  # rises to 1 along a cosine
 teacher_temp = (0.04, 0.07)  # τ_t at the start and after its warm-up; lower it if teacher_entropy stays near log K
-teacher_temp_warmup = 0.0375  # share of training over which τ_t rises (iBOT: 30 of 800 epochs)
+teacher_temp_warmup_epochs = 30.0  # over which τ_t rises, however long the run (iBOT)
 freeze_prototypes_epochs = 1.0  # epochs in which the head's last layer stays as it is
 
 # Decoder finetuning (config/finetune_decoder.py; joint training does without)
@@ -80,7 +81,7 @@ min_learning_rate = 1e-6  # at the end
 warmup_epochs = 5.0  # over which the rate rises from 0
 betas = (0.9, 0.95)  # AdamW
 weight_decay = 0.04  # of matrices; biases, norms and tokens have none
-grad_clip = 3.0  # largest norm of the whole gradient (iBOT's bound is for each tensor's); 0 = any
+grad_clip = 3.0  # largest norm of the whole gradient (iBOT's bound is for each tensor's); 0 = no clipping
 
 # The run
 out_dir = "out/tokenizer"
@@ -229,14 +230,10 @@ class Adversary:
         self.network.heads.load_state_dict(state["heads"])
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def __call__(self, rec, images, reconstruction, epoch):
-        """rec = L_rec, a scalar; images, reconstruction (B, 3, H, W); epoch, a float -> the decoder's loss, which takes
-        the place of L_rec, and terms for the log. The discriminator's own gradients wait in it for step()."""
-        terms = self.learn(images, reconstruction) if epoch >= discriminator_start else {}
-        if epoch < adversarial_start:
-            return rec, terms
-        loss, more = self.decoder_loss(rec, reconstruction)
-        return loss, {**terms, **more}
+    def __call__(self, rec, reconstruction, epoch):
+        """rec = L_rec, a scalar; reconstruction (B, 3, H, W); epoch, a float -> the decoder's loss, which takes the
+        place of L_rec, and terms for the log."""
+        return self.decoder_loss(rec, reconstruction) if epoch >= adversarial_start else (rec, {})
 
     def decoder_loss(self, rec, reconstruction):
         """L_rec + λ_q w L_adv with L_adv = -mean D(reconstruction) and the adaptive weight
@@ -274,7 +271,7 @@ class Adversary:
         return {"discriminator": loss.detach(), "discriminator_accuracy": accuracy}
 
     def step(self, lr):
-        """One update with the gradients there are; none while the discriminator does not learn yet."""
+        """One update with the gradients of learn()."""
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -290,16 +287,16 @@ def losses(model, teacher, ibot, perceptual, adversary, views, share_done, proce
             with torch.no_grad():  # the teacher sees the global crops unmasked
                 target = ssl_logits(teacher["encoder"], teacher["heads"], views["global_crops"], views["positions"])[:2]
     terms = {"l1": F.l1_loss(reconstruction, images)}
-    rec = terms["l1"]
+    rec = terms["l1"] / 2 if init_from else terms["l1"]  # RAE's finetuning takes L1 on [0, 1]
     if perceptual:
         terms["lpips"] = perceptual(reconstruction, images).mean()
         rec = rec + lpips_weight * terms["lpips"]
     if adversary:
-        rec, adversarial_terms = adversary(rec, images, reconstruction, share_done * epochs)
+        rec, adversarial_terms = adversary(rec, reconstruction, share_done * epochs)
         terms.update(adversarial_terms)
     loss = alpha * rec  # Eq. 6, then Eq. 5
     if ibot:
-        temperature = ssl.teacher_temperature(share_done, teacher_temp_warmup, *teacher_temp)
+        temperature = ssl.teacher_temperature(share_done * epochs, teacher_temp_warmup_epochs, *teacher_temp)
         ssl_terms, entropies = ibot(student, target, views["weights"], temperature)
         loss = loss + sum(ssl_terms.values())
         terms.update(ssl_terms, **entropies)
@@ -490,7 +487,7 @@ def main():
         lr = runtime.cosine(step, steps, learning_rate, min_learning_rate, warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        step_terms = {}
+        step_terms, step_images = {}, []
         for part in range(accumulate):
             views, names = progress.wait_for(loader)
             views = {name: data.to_float(x, on) if x.dtype == torch.uint8 else x.to(on, non_blocking=True)
@@ -500,6 +497,7 @@ def main():
             loss, terms = losses(model, teacher, ibot, perceptual, adversary, views, step / steps, processes)
             (loss / accumulate).backward()
             step_terms = {name: step_terms.get(name, 0) + term / accumulate for name, term in terms.items()}
+            step_images += [views["images"]] if adversary else []
             bad += names
         if ibot and step < freeze_prototypes_epochs * steps_per_epoch:
             for head in heads:
@@ -511,8 +509,15 @@ def main():
             ibot.update_centers()
             momentum = runtime.cosine(step, steps, teacher_momentum, 1.0)
             runtime.update_average(teachers, student, momentum)
-        if adversary:
-            adversary.step(lr)
+        if adversary and step >= discriminator_start * steps_per_epoch:  # as RAE does, on fresh reconstructions
+            for images in step_images:
+                with torch.no_grad(), processes.autocast():
+                    reconstruction = tcae(images)
+                for name, term in adversary.learn(images, reconstruction).items():
+                    step_terms[name] = step_terms.get(name, 0) + term / accumulate
+            # its rate has a schedule of its own, which begins with its training
+            adversary.step(runtime.cosine(step - math.ceil(discriminator_start * steps_per_epoch), steps, learning_rate,
+                                          min_learning_rate, warmup_steps))
         if decoder_ema:
             runtime.update_average(list(final.decoder.parameters()), list(tcae.decoder.parameters()), decoder_ema)
         progress.add(step_terms)

@@ -20,6 +20,7 @@ learning_rate = 1e-3
 min_learning_rate = 1e-4
 warmup_epochs = 0.05
 weight_decay = 0.0
+grad_clip = 0.0
 log_every = 20
 save_every = 500
 eval_every = 100

@@ -20,6 +20,7 @@ local_crops = 8
 local_crop_size = 16
 local_crop_scale = (0.1, 0.4)
 teacher_temp = (0.02, 0.03)  # small images, short training: at 0.04 the teacher's output becomes uniform
+teacher_temp_warmup_epochs = 0.5
 teacher_momentum = 0.99  # fewer steps than ImageNet's 125,000
 epochs = 15
 learning_rate = 2e-3

@@ -11,3 +11,4 @@ learning_rate = 2e-4
 min_learning_rate = 2e-5
 warmup_epochs = 1.0
 weight_decay = 0.0
+grad_clip = 0.0  # RAE clips nothing

@@ -14,6 +14,7 @@ stc_depth = 1
 alpha = 10.0  # Table 9: the value best for reconstruction; a run of minutes has to take it
 lpips_weight = 0.0
 teacher_temp = (0.02, 0.03)  # small images, short training: at 0.04 the output becomes uniform
+teacher_temp_warmup_epochs = 0.1
 teacher_momentum = 0.99  # fewer steps than ImageNet's 125,000
 prototypes = 512
 head_hidden = 256

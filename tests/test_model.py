@@ -309,6 +309,14 @@ def test_head_on_masked_tokens_alone_equals_the_head_on_all():
     assert nothing is None and torch.equal(raw, encoder(crops)[0])
 
 
+def test_prototypes_start_with_a_linear_layer_s_length():
+    """0.58, as in iBOT: rows of length 16 would be turned 25 times more slowly."""
+    prototypes = IBOTHead(32, hidden=16, prototypes=4096).prototypes.detach()
+    lengths = prototypes.norm(dim=1)
+    assert lengths.mean() == pytest.approx(3**-0.5, rel=0.01) and lengths.std() < 0.03
+    assert prototypes.mean().abs() < 1e-3 and prototypes.abs().max() <= 256**-0.5
+
+
 def test_head_gives_cosines():
     """L2-normalised features against weight-normalised prototypes: the temperatures are made for [-1, 1]."""
     head = IBOTHead(32, hidden=16, bottleneck=8, prototypes=11)

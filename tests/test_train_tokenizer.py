@@ -443,7 +443,7 @@ def test_every_step_follows_its_schedules(here, tmp_path, monkeypatch):
     monkeypatch.setattr(ssl.IBOTLoss, "__call__", call_loss)
     monkeypatch.setattr(torch.optim.AdamW, "step", make_step)
     monkeypatch.setattr(runtime, "update_average", update_average)
-    here(grad_clip=0.01, teacher_temp_warmup=0.5, learning_rate=1e-3, min_learning_rate=1e-6, teacher_momentum=0.9,
+    here(grad_clip=0.01, teacher_temp_warmup_epochs=0.5, learning_rate=1e-3, min_learning_rate=1e-6, teacher_momentum=0.9,
          out_dir=tmp_path)
     falls = [(1 + np.cos(np.pi * k / 8)) / 2 for k in range(8)]  # after the two steps of warm-up
     for name, expected in {
@@ -460,7 +460,8 @@ def test_the_defaults_are_the_paper_s():
                  ssl_method="ibot", image_size=256, patch_size=8, downsample=32, latent_channels=128, stc_depth=6,
                  compression="conv", encoder="S", decoder="S", global_crop_size=224, global_crop_scale=(0.25, 1),
                  local_crops=10, local_crop_size=96, local_crop_scale=(0.05, 0.25), prototypes=8192,
-                 teacher_momentum=0.996, teacher_temp=(0.04, 0.07), grad_clip=3, freeze_prototypes_epochs=1)
+                 teacher_momentum=0.996, teacher_temp=(0.04, 0.07), teacher_temp_warmup_epochs=30, grad_clip=3,
+                 freeze_prototypes_epochs=1)
     assert {name: getattr(train_tokenizer, name) for name in table} == table
 
 
