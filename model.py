@@ -657,7 +657,7 @@ def flow_matching_loss(model, z, labels, noise, t):
     return F.mse_loss(velocity, noise - z)
 
 
-def guided(model, labels, null_class, cfg_scale=1.0, cfg_interval=(0.0, 1.0)):
+def cfg_velocity(model, labels, null_class, cfg_scale=1.0, cfg_interval=(0.0, 1.0)):
     """velocity(z, t) with classifier-free guidance, v_null + cfg_scale (v_class - v_null), for t in the interval, and
     v_class elsewhere. Both come from one call of the model on a doubled batch; where guidance changes nothing, it is
     called on the batch alone."""

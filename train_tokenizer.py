@@ -13,13 +13,10 @@ Writes out_dir/checkpoint.pt, log.jsonl and reconstructions.png.
 import copy
 import math
 import os
-from types import SimpleNamespace
 
 import numpy as np
-import scipy.linalg
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 import runtime
@@ -95,7 +92,6 @@ save_every = 1000  # steps between checkpoints
 eval_every = 1000  # steps between validations, each with a picture
 val_images = 1000  # how many images a validation takes; 0 = all
 stats_images = 50000  # training images that the latents' mean and std are measured on
-pca_baseline = False  # True: at the end print PCA's PSNR with as many values per image; small images only
 
 DINO_WEIGHTS = ("https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
                 "")  # no checksum is published; that every name and shape fits is checked
@@ -106,7 +102,7 @@ FREE = {"out_dir", "resume", "device", "workers", "compile", "accumulate", "log_
         "val_images", "data_dir"}  # constants that a resumed run may change
 
 
-def check_constants(processes):
+def check_constants(dist):
     """What configure() can't know. Each message names the constant and says what to do."""
     check(ssl_method in (*ssl.METHODS, "none"), f"ssl_method={ssl_method!r}: it is {', '.join(ssl.METHODS)} or none")
     check(not adversarial_weight or init_from, f"adversarial_weight={adversarial_weight} needs --init_from=CHECKPOINT")
@@ -126,13 +122,12 @@ def check_constants(processes):
             "patch_size", "downsample", "latent_channels", "prototypes", "head_hidden", "global_crop_size", \
             "local_crop_size", "stats_images", "shapes_images":
         check(globals()[name] > 0, f"{name}={globals()[name]} must be at least 1")
-    shares = processes.count * accumulate
+    shares = dist.count * accumulate
     check(batch_size % shares == 0, f"batch_size={batch_size} must be a multiple of {shares} (processes × accumulate)")
     check(ssl_method != "dinov2" or batch_size > shares,
           f"batch_size={batch_size} must be at least {2 * shares}: KoLeo compares a micro-batch's images")
     for name in ("warmup_epochs",) + (("freeze_prototypes_epochs",) if ssl_method != "none" else ()):
         check(globals()[name] <= epochs, f"{name}={globals()[name]} is more than epochs={epochs}")
-    check(not pca_baseline or image_size <= 64, f"pca_baseline=True: image_size={image_size} must be at most 64 for it")
     check(teacher_momentum <= 1, f"teacher_momentum={teacher_momentum} must be between 0 and 1")
     check(len(teacher_temp) == 2 and min(teacher_temp) > 0, f"teacher_temp={teacher_temp} must be two numbers above 0")
     check(len(betas) == 2 and max(betas) < 1, f"betas={betas} must be two numbers, each at least 0 and below 1")
@@ -167,15 +162,15 @@ class StepViews:
         return {"images": images, **(ssl.by_view(batch) if self.multi_crop else {})}
 
 
-def build_ssl(tcae, processes):
+def build_ssl(tcae, dist):
     """What self-supervision takes beside the tokenizer: the heads, the teacher, the loss, and what makes the views."""
-    method, on = ssl.METHODS[ssl_method], processes.device
+    method, on = ssl.METHODS[ssl_method], dist.device
     heads = torch.nn.ModuleList(IBOTHead(tcae.encoder.width, head_hidden, prototypes=prototypes)
                                 for _ in range(2 if method["untied"] else 1)).to(on)
     teacher = torch.nn.ModuleDict({"encoder": copy.deepcopy(tcae.encoder), "heads": copy.deepcopy(heads)})
     teacher.requires_grad_(False)
     ibot = ssl.IBOTLoss(prototypes, on, sinkhorn=method["sinkhorn"], koleo_weight=method["koleo_weight"],
-                        sum_over_processes=processes.sum)
+                        sum_over_processes=dist.sum)
     multi_crop = ssl.MultiCrop(global_crop_size, global_crop_scale, local_crop_size, local_crop_scale, local_crops,
                                tcae.encoder.output_patch, method["masks"])
     return heads, teacher, ibot, multi_crop
@@ -198,7 +193,7 @@ class Adversary:
     alone, and from then on its loss counts for the decoder.
     """
 
-    def __init__(self, last_layer, processes):
+    def __init__(self, last_layer, dist):
         torch.manual_seed(seed)  # random weights must be the same ones after a restart
         try:
             dino = DINO(discriminator_size, input_size=discriminator_input)
@@ -206,7 +201,7 @@ class Adversary:
             runtime.fail(error)
         if discriminator_weights == "dino":
             try:
-                path = runtime.published(*DINO_WEIGHTS, processes)
+                path = runtime.download_weights(*DINO_WEIGHTS, dist)
             except runtime.MissingWeights as error:
                 runtime.fail(f"{error}, or do without: --adversarial_weight=0 (no discriminator), or "
                              "--discriminator_weights=random (an untrained one, for experiments)")
@@ -216,12 +211,12 @@ class Adversary:
                 runtime.fail(f"discriminator_weights=dino: {path} is another file or damaged; remove it and start "
                              f"again ({str(error).splitlines()[0]})", everywhere=False)
         else:
-            processes.print("the discriminator stands on random weights, not on DINO's: an experiment")
-        self.network = Discriminator(dino).to(processes.device)
-        self.last_layer, self.processes = last_layer, processes
+            dist.print("the discriminator stands on random weights, not on DINO's: an experiment")
+        self.network = Discriminator(dino).to(dist.device)
+        self.last_layer, self.dist = last_layer, dist
         self.optimizer = torch.optim.AdamW(self.network.heads.parameters(), lr=learning_rate, betas=betas,
                                            weight_decay=weight_decay)
-        self.trained = processes.distribute(self.network)
+        self.trained = dist.distribute(self.network)
 
     def state_dict(self):
         return {"heads": self.network.heads.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -249,7 +244,7 @@ class Adversary:
         norms = []
         for gradient in of_rec, of_adversarial:
             at_last, = torch.autograd.grad(reconstruction, self.last_layer, gradient, retain_graph=True)
-            norms.append(self.processes.sum(at_last).norm())
+            norms.append(self.dist.sum(at_last).norm())
         weight = (norms[0] / (norms[1] + 1e-6)).clamp(max=1e4)
         gradient = of_rec + adversarial_weight * weight * of_adversarial
         value = rec.detach() + adversarial_weight * weight * adversarial.detach()
@@ -257,7 +252,7 @@ class Adversary:
         return value + (through - through.detach()), {"adversarial": adversarial.detach(), "adaptive_weight": weight}
 
     def logits(self, network, images):
-        with self.processes.autocast():
+        with self.dist.autocast():
             return network(augment_differentiably(images) if discriminator_augment else images)  # (B, 5 N)
 
     def learn(self, images, reconstruction):
@@ -277,11 +272,11 @@ class Adversary:
         self.optimizer.zero_grad()
 
 
-def losses(model, teacher, ibot, perceptual, adversary, views, share_done, processes):
+def losses(model, teacher, ibot, perceptual, adversary, views, share_done, dist):
     """The forward pass of one micro-batch -> the loss to minimise, and {name: scalar} of its terms and of what is only
     logged. share_done: how much of the training is done, 0 to 1."""
     images = views["images"]
-    with processes.autocast():
+    with dist.autocast():
         reconstruction, student = model(images, views if ibot else None)
         if ibot:
             with torch.no_grad():  # the teacher sees the global crops unmasked
@@ -304,86 +299,19 @@ def losses(model, teacher, ibot, perceptual, adversary, views, share_done, proce
 
 
 @torch.no_grad()
-def validate(tcae, source, bad_files, processes, picture):
-    """Mean PSNR (dB) of centre crops on 8 bits, None if SIGTERM came first; and a picture of eight originals over their
-    reconstructions."""
-    def reconstruct(pixels):
-        with processes.autocast():
-            return data.to_uint8(tcae(data.to_float(pixels, processes.device))).cpu()
-
-    total, bad = torch.zeros(2, dtype=torch.float64), []
-    for pixels, _, names in data.in_order(source, image_size, eval_batch(), processes, images=val_images):
-        bad += names
-        if len(pixels):  # else no file of this batch could be decoded
-            psnr = data.psnr(pixels, reconstruct(pixels))
-            total += torch.tensor([psnr.sum(), len(psnr)], dtype=torch.float64)
-        if processes.stop:
-            break
-    if processes.stop_requested():
-        return None
-    bad_files.report(processes.gather(bad), processes)
-    psnr_sum, count = processes.sum(total).tolist()
-    check(count, "data_dir: no validation image could be decoded")
-    alone = SimpleNamespace(rank=0, count=1)  # the picture's eight are spread over the whole split, not over a share
-    shown = next(iter(data.in_order(source, image_size, 8, alone, images=8)))[0]
-    if processes.first and len(shown):
-        data.save_grid(picture, torch.cat([shown, reconstruct(shown)]), columns=len(shown))
-    return psnr_sum / count
-
-
-@torch.no_grad()
-def measure_latents(tcae, source, bad_files, processes):
-    """Sets latent_mean and latent_std from centre crops of training images, with sums in float64; not after SIGTERM."""
+def measure_latents(tcae, source, dist):
+    """Sets latent_mean and latent_std from centre crops of training images, with sums in float64."""
     tcae.latent_mean.zero_(), tcae.latent_std.fill_(1)
-    sums, bad = torch.zeros(2, latent_channels, dtype=torch.float64), []
-    count = torch.zeros((), dtype=torch.float64)
-    for pixels, _, names in tqdm(data.in_order(source, image_size, eval_batch(), processes, workers, stats_images),
-                                 desc="latent statistics", disable=not processes.first):
-        bad += names
-        if not len(pixels):
-            continue
-        with processes.autocast():
-            z = tcae.encode(data.to_float(pixels, processes.device)).cpu().double()  # (b, c, h, w)
+    sums, count = torch.zeros(2, latent_channels, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for pixels, _ in data.eval_loader(source, image_size, data.eval_batch(image_size), dist, workers, stats_images,
+                                      title="latent statistics"):
+        with dist.autocast():
+            z = tcae.encode(data.to_float(pixels, dist.device)).cpu().double()  # (b, c, h, w)
         sums += torch.stack([z.sum((0, 2, 3)), (z**2).sum((0, 2, 3))])
         count += z[:, 0].numel()
-        if processes.stop:
-            break
-    if processes.stop_requested():
-        return
-    bad_files.report(processes.gather(bad), processes)
-    mean, square = processes.sum(sums) / processes.sum(count)
+    mean, square = dist.sum(sums) / dist.sum(count)
     tcae.latent_mean.copy_(mean[:, None, None])
     tcae.latent_std.copy_((square - mean**2).clamp(min=1e-12).sqrt()[:, None, None])
-
-
-def eval_batch():
-    """Images per batch where there is no gradient."""
-    return max(1, min(256, 256**3 // image_size**2))
-
-
-def pca_psnr(train, val, values, processes):
-    """PSNR (dB) of the best linear tokenizer: PCA with `values` numbers per image, fitted on the training images."""
-    def rows(source, images):
-        for pixels, _, _ in data.in_order(source, image_size, eval_batch(), processes, workers, images):
-            if len(pixels):
-                yield pixels, data.to_float(pixels, "cpu").flatten(1)
-
-    size = 3 * image_size**2
-    count, total, products = torch.zeros(()), torch.zeros(size), torch.zeros(size, size)
-    for _, x in rows(train, stats_images):
-        count, total, products = count + len(x), total + x.sum(0), products.addmm_(x.T, x)
-    count, total, products = (processes.sum(x).double() for x in (count, total, products))
-    mean = total / count
-    covariance = (products / count - mean[:, None] * mean).float()
-    # of the largest eigenvalues alone, which takes half the time
-    _, vectors = scipy.linalg.eigh(covariance.numpy(), subset_by_index=[max(0, size - values), size - 1])
-    basis, mean = torch.from_numpy(vectors), mean.float()  # (3 H W, values)
-    psnr = torch.zeros(2, dtype=torch.float64)
-    for pixels, x in rows(val, val_images):
-        projected = ((x - mean) @ basis @ basis.T + mean).view(-1, 3, image_size, image_size)
-        psnr += torch.tensor([data.psnr(pixels, data.to_uint8(projected)).sum(), len(x)])
-    psnr = processes.sum(psnr)
-    return (psnr[0] / psnr[1]).item()
 
 
 def main():
@@ -399,12 +327,12 @@ def main():
             globals()[name] = constants[name] = given["constants"][name]
     if saved:
         runtime.check_resumable(saved["constants"], constants, FREE)
-    processes = runtime.Processes(device, saved["dtype"] if saved else dtype, seed)
+    dist = runtime.Distributed(device, saved["dtype"] if saved else dtype, seed)
     if saved and saved["finished"]:
-        processes.print(f"{path} is finished: step {saved['step']}")
-        return processes.close()
-    check_constants(processes)
-    compiled = processes.compiles(compile)
+        dist.print(f"{path} is finished: step {saved['step']}")
+        return dist.close()
+    check_constants(dist)
+    compiled = dist.compiles(compile)
 
     train, val = (data.open_split(data_dir, split, image_size, shapes_images) for split in ("train", "val"))
     data.check_same_classes(train, val)
@@ -414,30 +342,30 @@ def main():
           f"{saved and saved['images']}")
     steps_per_epoch = len(train) // batch_size
     steps, warmup_steps = epochs * steps_per_epoch, round(warmup_epochs * steps_per_epoch)
-    processes.print(f"{len(train)} training and {len(val)} validation images, {len(train.classes)} classes; "
+    dist.print(f"{len(train)} training and {len(val)} validation images, {len(train.classes)} classes; "
                     f"{steps} steps of {batch_size}")
 
-    on = processes.device
+    on = dist.device
     try:
         tcae = TCAE.from_constants(constants).to(on)
     except ValueError as error:  # sizes that do not fit; it names the constant
         runtime.fail(error)
-    heads, teacher, ibot, multi_crop = build_ssl(tcae, processes) if ssl_method != "none" else (None,) * 4
+    heads, teacher, ibot, multi_crop = build_ssl(tcae, dist) if ssl_method != "none" else (None,) * 4
     final = tcae  # the tokenizer that is validated and handed on: with the averaged decoder, if there is one
     if init_from:
         tcae.load_state_dict(given["tokenizer"])
         tcae.requires_grad_(False).decoder.requires_grad_(True)
         final = copy.deepcopy(tcae).requires_grad_(False) if decoder_ema else tcae
-    adversary = Adversary(tcae.decoder.head.weight, processes) if adversarial_weight else None
+    adversary = Adversary(tcae.decoder.head.weight, dist) if adversarial_weight else None
     try:
-        perceptual = runtime.load_lpips("vgg", processes) if lpips_weight else None
+        perceptual = runtime.load_lpips("vgg", dist) if lpips_weight else None
     except runtime.MissingWeights as error:
         runtime.fail(f"{error}, or do without the perceptual loss: --lpips_weight=0")
     if perceptual:
-        runtime.lpips_in_autocast(perceptual, processes)
+        runtime.lpips_in_autocast(perceptual, dist)
     model = JointTokenizer(tcae, heads, multi_crop and multi_crop.masks)
     optimizer = build_optimizer(model, on)
-    processes.print(f"parameters: encoder {count_parameters(tcae.encoder, tcae.bottleneck):.1f} M, "
+    dist.print(f"parameters: encoder {count_parameters(tcae.encoder, tcae.bottleneck):.1f} M, "
                     f"decoder {count_parameters(tcae.decoder):.1f} M"
                     + (f", head {count_parameters(heads):.1f} M" if heads else ""))
 
@@ -453,12 +381,12 @@ def main():
             ibot.centers = {name: center.to(on) for name, center in saved["centers"].items()}
         if adversary:
             adversary.load_state_dict(saved["adversary"])
-        processes.print(f"resumed from {path} at step {start}")
+        dist.print(f"resumed from {path} at step {start}")
 
     def save(step, finished=False):
-        if processes.first:
+        if dist.first:
             runtime.save_checkpoint(path, {
-                "kind": "tokenizer", "constants": constants, "dtype": str(processes.dtype).removeprefix("torch."),
+                "kind": "tokenizer", "constants": constants, "dtype": str(dist.dtype).removeprefix("torch."),
                 "revision": runtime.git_revision(), "step": step, "finished": finished, "images": len(train),
                 "tokenizer": final.state_dict(), "decoder": tcae.decoder.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -470,35 +398,31 @@ def main():
         compile_blocks(*filter(None, (model, teacher, adversary and adversary.network)))
     student = [*tcae.encoder.parameters(), *heads.parameters()] if ibot else []
     teachers = [*teacher["encoder"].parameters(), *teacher["heads"].parameters()] if ibot else []
-    model = processes.distribute(model)
+    model = dist.distribute(model)
 
     runtime.make_folder(out_dir)
     picture = os.path.join(out_dir, "reconstructions.png")
-    bad_files, bad_val_files = data.BadFiles(train), data.BadFiles(val, images=val_images)
-    loader = iter(data.batches(train, StepViews(multi_crop), batch_size, start, steps, seed, processes, accumulate,
-                               workers))
-    progress = runtime.Progress(out_dir, start, steps, batch_size, processes)
-    bad = []  # files that could not be decoded since the last report
+    loader = data.TrainLoader(train, StepViews(multi_crop), batch_size, start, steps, seed, dist, accumulate, workers)
+    progress = runtime.Progress(out_dir, start, steps, batch_size, dist)
 
     done, stopping = start, False
     for step in range(start, steps):
         # for the discriminator's augmentation, or a dropout you may add; images and views have their own, see data.py
-        torch.manual_seed(hash((seed, step, processes.rank)) % 2**63)
+        torch.manual_seed(hash((seed, step, dist.rank)) % 2**63)
         lr = runtime.cosine(step, steps, learning_rate, min_learning_rate, warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         step_terms, step_images = {}, []
         for part in range(accumulate):
-            views, names = progress.wait_for(loader)
+            views = next(loader)
             views = {name: data.to_float(x, on) if x.dtype == torch.uint8 else x.to(on, non_blocking=True)
                      for name, x in views.items()}
-            if processes.count > 1:
+            if dist.count > 1:
                 model.require_backward_grad_sync = part == accumulate - 1
-            loss, terms = losses(model, teacher, ibot, perceptual, adversary, views, step / steps, processes)
+            loss, terms = losses(model, teacher, ibot, perceptual, adversary, views, step / steps, dist)
             (loss / accumulate).backward()
             step_terms = {name: step_terms.get(name, 0) + term / accumulate for name, term in terms.items()}
             step_images += [views["images"]] if adversary else []
-            bad += names
         if ibot and step < freeze_prototypes_epochs * steps_per_epoch:
             for head in heads:
                 head.prototypes.grad = None
@@ -508,10 +432,10 @@ def main():
         if ibot:
             ibot.update_centers()
             momentum = runtime.cosine(step, steps, teacher_momentum, 1.0)
-            runtime.update_average(teachers, student, momentum)
+            runtime.update_ema(teachers, student, momentum)
         if adversary and step >= discriminator_start * steps_per_epoch:  # as RAE does, on fresh reconstructions
             for images in step_images:
-                with torch.no_grad(), processes.autocast():
+                with torch.no_grad(), dist.autocast():
                     reconstruction = tcae(images)
                 for name, term in adversary.learn(images, reconstruction).items():
                     step_terms[name] = step_terms.get(name, 0) + term / accumulate
@@ -519,47 +443,48 @@ def main():
             adversary.step(runtime.cosine(step - math.ceil(discriminator_start * steps_per_epoch), steps, learning_rate,
                                           min_learning_rate, warmup_steps))
         if decoder_ema:
-            runtime.update_average(list(final.decoder.parameters()), list(tcae.decoder.parameters()), decoder_ema)
+            runtime.update_ema(list(final.decoder.parameters()), list(tcae.decoder.parameters()), decoder_ema)
         progress.add(step_terms)
 
-        done, stopping = step + 1, processes.stop_requested()
+        done, stopping = step + 1, dist.stop_requested()
         last = done == steps
         evaluating = done % eval_every == 0 and not last
         saving = done % save_every == 0 or stopping or last
         if done % log_every == 0 or saving or evaluating:  # the only place that waits for the device
-            progress.report(lr)
-            bad_files.report(processes.gather(bad), processes)
-            bad = []
+            progress.report(lr, loader.waited())
+            loader.report_bad_files()
         if saving:
             save(done)
         if stopping:
             break
         if evaluating:
-            psnr = validate(final, val, bad_val_files, processes, picture)
-            if psnr is not None:  # else the next step saves and ends
-                progress.write(val_psnr=psnr)
-                if processes.first:
-                    progress.bar.write(f"step {done}: validation PSNR {psnr:.2f} dB")
+            try:
+                psnr = data.validate(final, val, image_size, val_images, dist, picture)
+            except runtime.Stopped:
+                continue  # the next step saves and ends
+            progress.write(val_psnr=psnr)
+            if dist.first:
+                progress.bar.write(f"step {done}: validation PSNR {psnr:.2f} dB")
             progress.start_clock()
     progress.bar.close()
 
-    if not (init_from or stopping):  # with init_from the latents are as they were
-        measure_latents(tcae, train, bad_files, processes)
-    if processes.stop_requested():
-        processes.print(f"SIGTERM: saved {path} at step {done}; --resume=True goes on from there")
-        return processes.close()
+    try:
+        if stopping:
+            raise runtime.Stopped
+        if not init_from:  # with init_from the latents are as they were
+            measure_latents(tcae, train, dist)
+    except runtime.Stopped:
+        dist.print(f"SIGTERM: saved {path} at step {done}; --resume=True goes on from there")
+        return dist.close()
     save(steps, finished=True)
-    psnr = validate(final, val, bad_val_files, processes, picture)
-    if psnr is None:
-        processes.print(f"SIGTERM: wrote {path}, which is finished; its PSNR was not measured")
-        return processes.close()
-    baseline = ""
-    if pca_baseline:
-        values = latent_channels * (image_size // downsample) ** 2
-        baseline = f" (PCA with the same {values} values per image: {pca_psnr(train, val, values, processes):.2f} dB)"
+    try:
+        psnr = data.validate(final, val, image_size, val_images, dist, picture)
+    except runtime.Stopped:
+        dist.print(f"SIGTERM: wrote {path}, which is finished; its PSNR was not measured")
+        return dist.close()
     progress.write(val_psnr=psnr)
-    processes.print(f"wrote {path} and {picture}: step {steps}, validation PSNR {psnr:.2f} dB{baseline}")
-    processes.close()
+    dist.print(f"wrote {path} and {picture}: step {steps}, validation PSNR {psnr:.2f} dB")
+    dist.close()
 
 
 def count_parameters(*modules):

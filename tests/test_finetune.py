@@ -52,11 +52,11 @@ def adversary():
     """An Adversary with a tokenizer of which the decoder is trained, a batch of images, and random heads."""
     before, handler = dict(vars(train_tokenizer)), signal.getsignal(signal.SIGTERM)
     runtime.configure(vars(train_tokenizer), arguments(FINETUNE))
-    processes = runtime.Processes("cpu", "float32")
+    dist = runtime.Distributed("cpu", "float32")
     tcae = TCAE.from_constants({**TINY, "compression": "conv"}).requires_grad_(False)
     torch.nn.init.normal_(tcae.decoder.head.weight, std=0.1)
     tcae.decoder.requires_grad_(True)
-    adversary = train_tokenizer.Adversary(tcae.decoder.head.weight, processes)
+    adversary = train_tokenizer.Adversary(tcae.decoder.head.weight, dist)
     adversary.tcae, adversary.images = tcae, torch.rand(8, 3, 32, 32) * 2 - 1
     yield adversary
     vars(train_tokenizer).update(before)
@@ -433,13 +433,13 @@ def test_micro_batches_train_both(finetune, tmp_path):
 
 @pytest.mark.parametrize("config, processes",
                          [("finetune_decoder", 8), ("cifar10_finetune", 1), ("cifar10_finetune", 2)])
-def test_the_configs_fit(config, processes, monkeypatch):
+def test_the_configs_fit(config, dist, monkeypatch):
     """No constant is refused; the paper's are those of Table 7, right, where its epochs 6 and 8 are the defaults."""
     script = vars(train_tokenizer)
     for name, value in list(script.items()):
         monkeypatch.setitem(script, name, value)
     runtime.configure(script, [str(ROOT / "config" / f"{config}.py"), "--init_from=x"])
-    train_tokenizer.check_constants(SimpleNamespace(count=processes))
+    train_tokenizer.check_constants(SimpleNamespace(count=dist))
     if config == "finetune_decoder":
         table = dict(epochs=16, batch_size=256, betas=(0.9, 0.95), weight_decay=0, learning_rate=2e-4,
                      min_learning_rate=2e-5, warmup_epochs=1, lpips_weight=1, adversarial_weight=0.75, alpha=1,

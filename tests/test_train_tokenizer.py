@@ -321,7 +321,7 @@ def test_every_trained_parameter_gets_a_gradient_and_the_teacher_none(here):
         model = JointTokenizer(tcae, heads if with_ssl else None)
         ibot = ssl.IBOTLoss(64, "cpu") if with_ssl else None
         views = train_tokenizer.StepViews(ssl.MultiCrop(32, (0.25, 1), 16, (0.05, 0.25), 2, 8) if with_ssl else None)
-        process = runtime.Processes("cpu", "float32")
+        process = runtime.Distributed("cpu", "float32")
         loader = data.batches(data.Shapes("train", 8, 32), views, 8, 0, 1, 0, process)
         batch, _ = next(iter(loader))
         batch = {name: data.to_float(x, "cpu") if x.dtype == torch.uint8 else x for name, x in batch.items()}
@@ -424,7 +424,7 @@ def test_a_validation_batch_without_any_good_image(tmp_path, here, monkeypatch):
 def test_every_step_follows_its_schedules(here, tmp_path, monkeypatch):
     """The rate rises and falls along a cosine, the teacher's momentum rises along one to 1, its temperature along a
     line; and the gradient that reaches the optimizer is no longer than grad_clip."""
-    step, average, loss, seen = torch.optim.AdamW.step, runtime.update_average, ssl.IBOTLoss.__call__, []
+    step, average, loss, seen = torch.optim.AdamW.step, runtime.update_ema, ssl.IBOTLoss.__call__, []
 
     def call_loss(self, student, teacher, weights, teacher_temp):
         seen.append({"temperature": teacher_temp})
@@ -436,13 +436,13 @@ def test_every_step_follows_its_schedules(here, tmp_path, monkeypatch):
         seen[-1].update(rate=optimizer.param_groups[0]["lr"], norm=norm)
         return step(optimizer)
 
-    def update_average(averaged, trained, momentum):
+    def update_ema(averaged, trained, momentum):
         seen[-1]["momentum"] = momentum
         average(averaged, trained, momentum)
 
     monkeypatch.setattr(ssl.IBOTLoss, "__call__", call_loss)
     monkeypatch.setattr(torch.optim.AdamW, "step", make_step)
-    monkeypatch.setattr(runtime, "update_average", update_average)
+    monkeypatch.setattr(runtime, "update_average", update_ema)
     here(grad_clip=0.01, teacher_temp_warmup_epochs=0.5, learning_rate=1e-3, min_learning_rate=1e-6, teacher_momentum=0.9,
          out_dir=tmp_path)
     falls = [(1 + np.cos(np.pi * k / 8)) / 2 for k in range(8)]  # after the two steps of warm-up
