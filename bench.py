@@ -41,7 +41,7 @@ import runtime
 import ssl
 import train_dit as stage2
 import train_tokenizer as stage1
-from model import JointTokenizer, LightningDiT, TCAE, compile_blocks, flow_matching_loss, guided, sample_flow
+from model import JointTokenizer, LightningDiT, TCAE, compile_blocks, flow_matching_loss, cfg_velocity, sample_flow
 from runtime import check
 
 only = "steps,tokens,data,run"  # which tables
@@ -188,41 +188,41 @@ def with_all_tokens(views):
     return {**views, "positions": torch.arange(len(weights), device=weights.device), "weights": weights}
 
 
-def tokenizer_step(images, processes, plain=False):
+def tokenizer_step(images, dist, plain=False):
     """A step of train_tokenizer.py, its constants as they are -> (function, modules with blocks to compile)."""
     torch.manual_seed(0)
-    on, joint = processes.device, stage1.ssl_method != "none"
+    on, joint = dist.device, stage1.ssl_method != "none"
     tcae = TCAE.from_constants(vars(stage1)).to(on)
-    heads, teacher, ibot, multi_crop = stage1.build_ssl(tcae, processes) if joint else (None,) * 4
+    heads, teacher, ibot, multi_crop = stage1.build_ssl(tcae, dist) if joint else (None,) * 4
     adversary = perceptual = None
     if stage1.adversarial_weight:
         tcae.requires_grad_(False).decoder.requires_grad_(True)
-        adversary, averaged = stage1.Adversary(tcae.decoder.head.weight, processes), copy.deepcopy(tcae.decoder)
+        adversary, averaged = stage1.Adversary(tcae.decoder.head.weight, dist), copy.deepcopy(tcae.decoder)
     if stage1.lpips_weight:
         import lpips
         perceptual = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
-        runtime.lpips_in_autocast(perceptual.to(on).requires_grad_(False), processes)
+        runtime.lpips_in_autocast(perceptual.to(on).requires_grad_(False), dist)
     model = JointTokenizer(tcae, heads, multi_crop and multi_crop.masks)
     optimizer = stage1.build_optimizer(model, on)
     student = [*tcae.encoder.parameters(), *heads.parameters()] if joint else []
     teachers = [*teacher["encoder"].parameters(), *teacher["heads"].parameters()] if joint else []
     source = data.Shapes("train", images, stage1.image_size)
-    views, _ = next(iter(data.batches(source, stage1.StepViews(multi_crop), images, 0, 1, 0, processes)))
+    views, _ = next(iter(data.batches(source, stage1.StepViews(multi_crop), images, 0, 1, 0, dist)))
     views = {name: data.to_float(x, on) if x.dtype == torch.uint8 else x.to(on) for name, x in views.items()}
     views = with_all_tokens(views) if plain and joint else views
 
     def step():
-        loss, _ = stage1.losses(model, teacher, ibot, perceptual, adversary, views, 0.9, processes)
+        loss, _ = stage1.losses(model, teacher, ibot, perceptual, adversary, views, 0.9, dist)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), stage1.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         if joint:
             ibot.update_centers()
-            runtime.update_average(teachers, student, stage1.teacher_momentum)
+            runtime.update_ema(teachers, student, stage1.teacher_momentum)
         if adversary:
             adversary.step(stage1.learning_rate)
-            runtime.update_average(list(averaged.parameters()), list(tcae.decoder.parameters()), stage1.decoder_ema)
+            runtime.update_ema(list(averaged.parameters()), list(tcae.decoder.parameters()), stage1.decoder_ema)
 
     return step, [module for module in (model, teacher, adversary and adversary.network) if module]
 
@@ -231,10 +231,10 @@ def latent_shape():
     return stage2.latent_shape({"constants": vars(stage1)})
 
 
-def generator_step(images, processes):
+def generator_step(images, dist):
     """The same for train_dit.py."""
     torch.manual_seed(0)
-    on, shape = processes.device, latent_shape()
+    on, shape = dist.device, latent_shape()
     model = LightningDiT(stage2.size, shape[0], shape[1], 1000).to(on)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=on.type in ("cuda", "cpu"))
@@ -243,43 +243,43 @@ def generator_step(images, processes):
     trained, averaged = list(model.parameters()), list(ema.parameters())
 
     def step():
-        with processes.autocast():
+        with dist.autocast():
             loss = flow_matching_loss(model, z, labels, noise, t)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, stage2.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-        runtime.update_average(averaged, trained, stage2.ema_momentum)
+        runtime.update_ema(averaged, trained, stage2.ema_momentum)
 
     return step, [model]
 
 
-def coding(images, processes):
+def coding(images, dist):
     """-> (encode, decode, modules)"""
-    tcae = TCAE.from_constants(vars(stage1)).to(processes.device).requires_grad_(False)
-    pixels = torch.rand(images, 3, stage1.image_size, stage1.image_size, device=processes.device)
-    z = torch.randn(images, *latent_shape(), device=processes.device)
+    tcae = TCAE.from_constants(vars(stage1)).to(dist.device).requires_grad_(False)
+    pixels = torch.rand(images, 3, stage1.image_size, stage1.image_size, device=dist.device)
+    z = torch.randn(images, *latent_shape(), device=dist.device)
 
     def encode():
-        with torch.no_grad(), processes.autocast():
+        with torch.no_grad(), dist.autocast():
             tcae.encode(pixels)
 
     def decode():
-        with torch.no_grad(), processes.autocast():
+        with torch.no_grad(), dist.autocast():
             tcae.decode(z)
 
     return encode, decode, [tcae]
 
 
-def sampling(images, processes):
+def sampling(images, dist):
     """-> (one step of guided sampling, which runs twice the images, modules)"""
-    on, shape = processes.device, latent_shape()
+    on, shape = dist.device, latent_shape()
     dit = LightningDiT(stage2.size, shape[0], shape[1], 1000).to(on).requires_grad_(False)
     noise, labels = torch.randn(images, *shape, device=on), torch.zeros(images, dtype=torch.long, device=on)
 
     def step():
-        with torch.no_grad(), processes.autocast():
-            sample_flow(guided(dit, labels, 1000, cfg_scale=1.5), noise, steps=1)
+        with torch.no_grad(), dist.autocast():
+            sample_flow(cfg_velocity(dit, labels, 1000, cfg_scale=1.5), noise, steps=1)
 
     return step, [dit]
 
@@ -339,17 +339,17 @@ def heading(*cells):
     row(*["---"] * len(cells))
 
 
-def show_steps(processes):
-    on, plainly = processes.device, runtime.Processes(device, "float32")
-    fastest = large_product(on, processes.dtype)
-    print(f"\na large product: {fastest:.3g} TFLOP/s in {processes.dtype}, "
+def show_steps(dist):
+    on, plainly = dist.device, runtime.Distributed(device, "float32")
+    fastest = large_product(on, dist.dtype)
+    print(f"\na large product: {fastest:.3g} TFLOP/s in {dist.dtype}, "
           f"{large_product(on, torch.float32):.3g} in float32")
     heading("step", "images", "ms", "images/s", "TFLOP/s", "of a large product", "products", "× plain", "MB")
 
     def measure(name, images, step, modules, plain=None):
         with Products() as products:  # before compiling: what is inside compiled code can't be seen
             step()
-        if processes.compiles(compile):
+        if dist.compiles(compile):
             compile_blocks(*modules)
         times = medians({"ours": step, "plain": plain or (lambda: None)}, on)
         ours, rate = times["ours"], products.operations / times["ours"] / 1e12
@@ -367,27 +367,27 @@ def show_steps(processes):
     for name, files in ("tokenizer, joint", joint), ("tokenizer, finetuning", finetune):
         configure(stage1, files, "--data_dir=shapes", "--discriminator_weights=random")
         images = images_per_step(stage1)
-        measure(name, images, *tokenizer_step(images, processes), tokenizer_step(images, plainly, plain=True)[0])
+        measure(name, images, *tokenizer_step(images, dist), tokenizer_step(images, plainly, plain=True)[0])
     configure(stage1, joint)
     configure(stage2, CONFIGS[sizes]["dit"])
     images = images_per_step(stage2)
-    measure("generator", images, *generator_step(images, processes), generator_step(images, plainly)[0])
-    encode, _, modules = coding(images, processes)
+    measure("generator", images, *generator_step(images, dist), generator_step(images, plainly)[0])
+    encode, _, modules = coding(images, dist)
     measure("encode", images, encode, modules)
-    _, decode, modules = coding(images, processes)  # not compiled yet
+    _, decode, modules = coding(images, dist)  # not compiled yet
     measure("decode", images, decode, modules)
-    measure("sampling, one guided step", images, *sampling(images, processes))
+    measure("sampling, one guided step", images, *sampling(images, dist))
 
 
-def show_tokens(processes):
+def show_tokens(dist):
     """Always S–S at 256 px: smaller images have no patches of 64 px. Encoding takes four times the step's images."""
-    images, on, steps = batch_size or (64 if processes.device.type == "cuda" else 2), processes.device, {}
+    images, on, steps = batch_size or (64 if dist.device.type == "cuda" else 2), dist.device, {}
     for p, depth in (64, 0), (32, 0), (16, 0), (8, 0), (8, 6):
         crops = ["--global_crop_size=256", "--local_crop_size=128"] if p == 64 else []
         configure(stage1, [], f"--patch_size={p}", f"--stc_depth={depth}", "--lpips_weight=0", *crops)
-        encode, _, modules = coding(4 * images, processes)
-        step, more = tokenizer_step(images, processes)
-        if processes.compiles(compile):
+        encode, _, modules = coding(4 * images, dist)
+        step, more = tokenizer_step(images, dist)
+        if dist.compiles(compile):
             compile_blocks(*modules, *more)
         steps[p, depth] = encode, step
     encoding, joint = (medians({key: pair[k] for key, pair in steps.items()}, on) for k in (0, 1))
@@ -462,13 +462,13 @@ def main():
         check(name in tables, f"only={only!r}: the tables are {', '.join(tables)}")
     check(sizes in ("auto", *CONFIGS), f"sizes={sizes!r}: it is auto, {' or '.join(CONFIGS)}")
     check(repeats > 0, f"repeats={repeats} must be at least 1")
-    processes = runtime.Processes(device, dtype)
-    processes.compiles(compile)  # where that does not work, this ends it before anything is measured
+    dist = runtime.Distributed(device, dtype)
+    dist.compiles(compile)  # where that does not work, this ends it before anything is measured
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to save
-    sizes = {"auto": "paper" if processes.device.type == "cuda" else "shapes"}.get(sizes, sizes)
+    sizes = {"auto": "paper" if dist.device.type == "cuda" else "shapes"}.get(sizes, sizes)
     print(f"PyTorch {torch.__version__}, sizes={sizes}")
     for name in only.split(","):
-        tables[name](processes)
+        tables[name](dist)
 
 
 if __name__ == "__main__":

@@ -211,10 +211,10 @@ class PairSums:
         lpips = self.perceptual(data.to_float(a, self.on), data.to_float(b, self.on)).sum() if self.perceptual else 0
         self.sums += torch.tensor([*sums, lpips, len(a)], dtype=torch.float64)
 
-    def means(self, processes):
+    def means(self, dist):
         """-> (how many pairs, {name of the metric: its mean over them}). Sharpness: gradients of the reconstructions in
         units of the originals'; below 1 they are blurred."""
-        psnr, similarity, before, after, lpips, count = processes.sum(self.sums).tolist()
+        psnr, similarity, before, after, lpips, count = dist.sum(self.sums).tolist()
         return int(count), {"PSNR": psnr / count, "SSIM": similarity / count,
                             "LPIPS": lpips / count if self.perceptual else None,
                             "sharpness": after / before if before else None}
@@ -343,14 +343,14 @@ class FeatureSums:
             self.negative_entropies += parts @ (p * logits.log_softmax(1)).sum(1)
             self.probabilities += parts @ p  # (10, K)
 
-    def reduce(self, processes):
+    def reduce(self, dist):
         """Adds up the sums of all processes -> how many images there were."""
         for name in "total", "products", "counts", "negative_entropies", "probabilities":
-            setattr(self, name, processes.sum(getattr(self, name)).cpu())
+            setattr(self, name, dist.sum(getattr(self, name)).cpu())
         count = int(self.counts.sum())
         check(count > 1, f"a Fréchet distance needs at least 2 images, not {count}")
         if count <= len(self.total):
-            processes.print(f"warning: {count} images are not more than the network's {len(self.total)} features: "
+            dist.print(f"warning: {count} images are not more than the network's {len(self.total)} features: "
                             "their Fréchet distance comes out too large, and compares only with as many images")
         return count
 
@@ -380,10 +380,10 @@ def frechet_distance(first, second):
     return max(((mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * cross).item(), 0.0)
 
 
-def distance_between(first, second, processes):
+def distance_between(first, second, dist):
     """Fréchet distance of two FeatureSums, of which each process holds a part."""
-    first.reduce(processes)
-    second.reduce(processes)
+    first.reduce(dist)
+    second.reduce(dist)
     return frechet_distance(first.mean_and_cov(), second.mean_and_cov())
 
 
@@ -391,18 +391,18 @@ def distance_between(first, second, processes):
 # Linear probes (Table 1)
 
 
-def fit_probe(features, labels, classes, processes):
+def fit_probe(features, labels, classes, dist):
     """A linear classifier by multinomial logistic regression -> a function from features (B, D) to class (B,).
 
     features (N, D) and labels (N,) of this process; the sums are over all. L-BFGS over the whole set, in chunks, so
     that memory-mapped features are read piece by piece.
     """
-    on, width = processes.device, features.shape[1]
+    on, width = dist.device, features.shape[1]
     sums = torch.zeros(2 * width + 1, dtype=torch.float64)
     for x, _ in chunks(features, labels):
         x = x.double()
         sums += torch.cat([x.sum(0), x.square().sum(0), torch.tensor([float(len(x))])])
-    total, square, count = processes.sum(sums).split([width, width, 1])
+    total, square, count = dist.sum(sums).split([width, width, 1])
     mean = total / count
     std = (square / count - mean**2).clamp(min=1e-12).sqrt().float().to(on)
     mean, count = mean.float().to(on), count.item()
@@ -418,10 +418,10 @@ def fit_probe(features, labels, classes, processes):
             part = F.cross_entropy(logits(x), y.to(on), reduction="sum") / count
             part.backward()
             total += part.detach()
-        processes.sum(weight.grad)
+        dist.sum(weight.grad)
         penalty = probe_decay * weight[:-1].square().sum()
         penalty.backward()
-        return processes.sum(total) + penalty.detach()
+        return dist.sum(total) + penalty.detach()
 
     with torch.enable_grad():
         optimizer.step(loss)
@@ -434,11 +434,11 @@ def chunks(features, labels, size=65536):
         yield torch.from_numpy(np.array(features[k:k + size])), labels[k:k + size]
 
 
-def probe(train, train_labels, val, val_labels, classes, processes):
+def probe(train, train_labels, val, val_labels, classes, dist):
     """Accuracy on the second set of a classifier fitted on the first; each process has its own part of both."""
-    classify = fit_probe(train, train_labels, classes, processes)
+    classify = fit_probe(train, train_labels, classes, dist)
     right = sum((classify(x) == y).sum() for x, y in chunks(val, val_labels))
-    right, count = processes.sum(torch.tensor([float(right), float(len(val))])).tolist()
+    right, count = dist.sum(torch.tensor([float(right), float(len(val))])).tolist()
     return right / count
 
 
@@ -477,15 +477,15 @@ class PooledFeatures:
         both = self.tokens_and_cls.array()
         return {"tokens": both[:, :self.width], "[CLS] and tokens": both, "latents": self.latents.array()}
 
-    def count(self, processes):
-        return int(processes.sum(torch.tensor(float(sum(map(len, self.labels))))))
+    def count(self, dist):
+        return int(dist.sum(torch.tensor(float(sum(map(len, self.labels))))))
 
 
-def probes(train, val, processes):
+def probes(train, val, dist):
     """Table 1's row and one more probe, on [CLS] and tokens, for two PooledFeatures."""
     of_train, of_val = train.inputs(), val.inputs()
     found = {f"probe on {name}": probe(of_train[name], torch.cat(train.labels), of_val[name], torch.cat(val.labels),
-                                       train.classes, processes) for name in of_train}
+                                       train.classes, dist) for name in of_train}
     before, after = found["probe on tokens"], found["probe on latents"]
     return {**found, "structure loss": 1 - after / before if before else None}
 
@@ -494,45 +494,45 @@ def probes(train, val, processes):
 # The three evaluations
 
 
-def cropped(source, name, size, processes, images=0, title="", keep_empty=False):
+def cropped(source, name, size, dist, images=0, title="", keep_empty=False):
     """Batches of a source's centre crops, (uint8 (b, size, size, 3), their indices (b,)), this process's share. Names
     undecodable files, which are left out, and stops if they are more than 1 %. `name`: the constant it came from."""
-    bad, loader = [], data.in_order(source, size, batch_size, processes, workers, images)
-    for pixels, indices, names in tqdm(loader, desc=title, disable=not processes.first or not title):
+    bad, loader = [], data.in_order(source, size, batch_size, dist, workers, images)
+    for pixels, indices, names in tqdm(loader, desc=title, disable=not dist.first or not title):
         bad += names
         if len(pixels) or keep_empty:
             yield pixels, indices
-    data.BadFiles(source, name, images).report(processes.gather(bad), processes)
+    data.BadFiles(source, name, images).report(dist.gather(bad), dist)
 
 
-def open_feature_net(processes, side):
+def open_feature_net(dist, side):
     """Raises MissingWeights."""
     if feature_net == "none":
         raise runtime.MissingWeights("feature_net=none (else it takes Inception's weights, 95 MB)")
     if feature_net:
-        return FeatureNet(feature_net, side, processes.device)
-    return Inception.pretrained(runtime.published(*INCEPTION, processes)).to(processes.device).eval()
+        return FeatureNet(feature_net, side, dist.device)
+    return Inception.pretrained(runtime.download_weights(*INCEPTION, dist)).to(dist.device).eval()
 
 
-def open_lpips(processes):
+def open_lpips(dist):
     """Raises MissingWeights."""
     if lpips_net == "none":
         raise runtime.MissingWeights("lpips_net=none (else it takes VGG's weights, 550 MB)")
-    return runtime.load_lpips(lpips_net, processes)
+    return runtime.load_lpips(lpips_net, dist)
 
 
-def open_networks(processes, side):
+def open_networks(dist, side):
     """-> (network for FID or None, network for LPIPS or None); says what is missing, now rather than after an hour."""
     found, missing = [], []
-    for metric, load in (("FID", lambda: open_feature_net(processes, side)),
-                         ("LPIPS", lambda: open_lpips(processes))):
+    for metric, load in (("FID", lambda: open_feature_net(dist, side)),
+                         ("LPIPS", lambda: open_lpips(dist))):
         try:
             found.append(load())
         except runtime.MissingWeights as error:
             found.append(None)
             missing.append(f"{metric}: {error}")
     if missing:
-        processes.print("will not be measured, for want of weights: " + "; ".join(missing))
+        dist.print("will not be measured, for want of weights: " + "; ".join(missing))
     return found
 
 
@@ -542,88 +542,88 @@ def metric_name(metric):
 
 
 @torch.no_grad()
-def evaluate_tokenizer(processes):
+def evaluate_tokenizer(dist):
     """-> what was measured, in words; {name: value, None where weights are missing}."""
     saved = runtime.load_checkpoint(tokenizer, "tokenizer", kind="tokenizer")
-    constants, on = saved["constants"], processes.device
+    constants, on = saved["constants"], dist.device
     where, size = data_dir or constants["data_dir"], constants["image_size"]
     train, val = (data.open_split(where, split, size, constants["shapes_images"]) for split in ("train", "val"))
     data.check_same_classes(train, val)
     check_size(size)
     tcae = TCAE.from_checkpoint(saved).to(on)
-    network, perceptual = open_networks(processes, size)
+    network, perceptual = open_networks(dist, size)
 
     def encode(pixels):
-        with processes.autocast():
+        with dist.autocast():
             return tcae.encode_with_tokens(data.to_float(pixels, on))
 
     pairs, of_train, of_val = PairSums(perceptual, on), PooledFeatures(train, tcae), PooledFeatures(val, tcae)
     if network:
         originals, reconstructions = (FeatureSums(network, len(val), on) for _ in range(2))
-    for pixels, indices in cropped(val, "data_dir", size, processes, val_images, "validation images"):
+    for pixels, indices in cropped(val, "data_dir", size, dist, val_images, "validation images"):
         cls, tokens, z = encode(pixels)
-        with processes.autocast():
+        with dist.autocast():
             reconstruction = data.to_uint8(tcae.decode(z)).cpu()
         of_val.add(cls, tokens, z, indices)
         pairs.add(pixels, reconstruction)
         if network:
             originals.add(pixels, indices)
             reconstructions.add(reconstruction, indices)
-    for pixels, indices in cropped(train, "data_dir", size, processes, probe_images, "training images"):
+    for pixels, indices in cropped(train, "data_dir", size, dist, probe_images, "training images"):
         of_train.add(*encode(pixels), indices)
 
-    count, means = pairs.means(processes)
-    rfid = distance_between(originals, reconstructions, processes) if network else None
+    count, means = pairs.means(dist)
+    rfid = distance_between(originals, reconstructions, dist) if network else None
     about = (f"{tokenizer}: reconstructions of {count} images of {where}, {size} px; probes fitted on "
-             f"{of_train.count(processes)} training images")
-    return about, {metric_name("rFID"): rfid, **means, **probes(of_train, of_val, processes)}
+             f"{of_train.count(dist)} training images")
+    return about, {metric_name("rFID"): rfid, **means, **probes(of_train, of_val, dist)}
 
 
 @torch.no_grad()
-def evaluate_samples(processes):
+def evaluate_samples(dist):
     """-> the same as evaluate_tokenizer, of samples as they are: FID and IS."""
-    images, on = open_images(samples, "samples"), processes.device
+    images, on = open_images(samples, "samples"), dist.device
     size = images.side()
     check(len(images) >= FeatureSums.SPLITS,
           f"samples={samples} holds {len(images)} images; IS needs {FeatureSums.SPLITS} at least")
     statistics = has_statistics(reference)
     other = None if statistics else open_reference(size)
     try:
-        network = open_feature_net(processes, size)
+        network = open_feature_net(dist, size)
     except runtime.MissingWeights as error:
         runtime.fail(f"FID and IS need weights: {error}")
     if statistics:
         target, against = read_statistics(reference, network.features), "the statistics"
 
     sampled = FeatureSums(network, len(images), on)
-    for pixels, indices in cropped(images, "samples", size, processes, title="samples"):
+    for pixels, indices in cropped(images, "samples", size, dist, title="samples"):
         sampled.add(pixels, indices)
-    count = sampled.reduce(processes)
+    count = sampled.reduce(dist)
     if not statistics:
         referred = FeatureSums(network, len(other), on)
-        for pixels, indices in cropped(other, "reference", size, processes, title="reference"):
+        for pixels, indices in cropped(other, "reference", size, dist, title="reference"):
             referred.add(pixels, indices)
-        against, target = f"{referred.reduce(processes)} images", referred.mean_and_cov()
+        against, target = f"{referred.reduce(dist)} images", referred.mean_and_cov()
     return f"{samples}: {count} samples, {size} px, against {against} of {reference}", \
         {metric_name("gFID"): frechet_distance(sampled.mean_and_cov(), target),
          metric_name("IS"): sampled.inception_score()}
 
 
 @torch.no_grad()
-def evaluate_pairs(processes):
+def evaluate_pairs(dist):
     """-> the same, of samples that are reconstructions of the reference: rFID, PSNR, SSIM, LPIPS."""
-    images, on = open_images(samples, "samples"), processes.device
+    images, on = open_images(samples, "samples"), dist.device
     size = images.side()
     check_size(size)
     other = open_reference(size)
     check(len(other) == len(images),
           f"paired=True: samples={samples} holds {len(images)} images, reference={reference} {len(other)}")
-    network, perceptual = open_networks(processes, size)
+    network, perceptual = open_networks(dist, size)
     pairs = PairSums(perceptual, on)
     if network:
         reconstructions, originals = (FeatureSums(network, len(images), on) for _ in range(2))
-    for (a, of_a), (b, of_b) in zip(cropped(images, "samples", size, processes, title="pairs", keep_empty=True),
-                                    cropped(other, "reference", size, processes, keep_empty=True), strict=True):
+    for (a, of_a), (b, of_b) in zip(cropped(images, "samples", size, dist, title="pairs", keep_empty=True),
+                                    cropped(other, "reference", size, dist, keep_empty=True), strict=True):
         in_a, in_b = torch.isin(of_a, of_b), torch.isin(of_b, of_a)  # both of a pair could be decoded
         if in_a.any():
             a, b, indices = a[in_a], b[in_b], of_a[in_a]
@@ -631,8 +631,8 @@ def evaluate_pairs(processes):
             if network:
                 reconstructions.add(a, indices)
                 originals.add(b, indices)
-    count, means = pairs.means(processes)
-    rfid = distance_between(originals, reconstructions, processes) if network else None
+    count, means = pairs.means(dist)
+    rfid = distance_between(originals, reconstructions, dist) if network else None
     return f"{samples} as reconstructions of {reference}: {count} pairs, {size} px", \
         {metric_name("rFID"): rfid, **means}
 
@@ -664,20 +664,20 @@ def main():
         check(not given or os.path.exists(given), f"{name}={given}: there is no such file or folder")
     path = out or os.path.join(os.path.dirname((tokenizer or samples).rstrip("/")), "eval.json")
     check(os.access(os.path.dirname(path) or ".", os.W_OK) and not os.path.isdir(path), f"out={path} can't be written")
-    processes = runtime.Processes(device, dtype)
+    dist = runtime.Distributed(device, dtype)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to save
     torch.set_float32_matmul_precision("highest")  # no TF32 in what measures
     torch.backends.cudnn.allow_tf32 = False
     evaluate = evaluate_tokenizer if tokenizer else evaluate_pairs if paired else evaluate_samples
-    about, results = evaluate(processes)
-    if processes.first:
+    about, results = evaluate(dist)
+    if dist.first:
         print(about)
         for name, value in results.items():
             print(f"  {name:<{max(map(len, results))}}" + ("         –" if value is None else f"{value:10.4f}"))
         with open(path, "w") as file:
             json.dump({"measured": about, **results, "constants": constants}, file, indent=1)
         print(f"wrote {path}")
-    processes.close()
+    dist.close()
 
 
 if __name__ == "__main__":

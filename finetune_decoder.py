@@ -359,7 +359,8 @@ def main():
         validating = done % eval_every == 0 and not last
         saving = done % save_every == 0 or stopping or last
         if done % log_every == 0 or saving or validating:
-            progress.report(lr, loader)
+            progress.report(lr, loader.waited())
+            loader.report_bad_files()
         if saving:
             save(done)
         if stopping:
@@ -369,7 +370,7 @@ def main():
                 progress.validated(data.validate(averaged, val, image_size, val_images, dist, picture))
             except runtime.Stopped:
                 pass  # SIGTERM in a validation: the next step saves and ends
-    progress.close()
+    progress.bar.close()
 
     try:
         if not stopping:

@@ -5,7 +5,7 @@
     open_run, make_folder, save_checkpoint, load_checkpoint, check_resumable, fingerprint, latents_of
     Log, Progress        log.jsonl, and the bar with it
     cosine, update_average    the learning rate's schedule (and the teacher's momentum); the teacher's weights, the EMA
-    published, load_lpips, lpips_in_autocast    weights that others trained, with a checksum
+    download_weights, load_lpips, training_lpips    weights that others trained, with a checksum
 """
 import ast
 import difflib
@@ -25,6 +25,10 @@ import torch
 from tqdm import tqdm
 
 HERE = Path(__file__).parent
+
+
+class Stopped(Exception):
+    """SIGTERM came to a process; raised in all of them together."""
 
 
 def fail(message, everywhere=True):
@@ -126,7 +130,7 @@ def print_help(script, source, names):
 # Processes and devices
 
 
-class Processes:
+class Distributed:
     """This process among those that torchrun started, or alone.
 
     rank, count: which of how many; `first` is rank 0, the one that writes. device: CUDA, MPS or CPU, as there is.
@@ -345,33 +349,26 @@ class Progress:
     `add` a step's terms without waiting for the device; `report` waits for it, once for all steps since the last one.
     """
 
-    def __init__(self, out_dir, start, steps, batch_size, processes):
-        self.processes, self.batch_size, self.step = processes, batch_size, start
+    def __init__(self, out_dir, start, steps, batch_size, dist):
+        self.dist, self.batch_size, self.step = dist, batch_size, start
         self.checkpoint = Path(out_dir, "checkpoint.pt")
-        self.log = Log(Path(out_dir, "log.jsonl"), start) if processes.first else None
-        self.bar = tqdm(total=steps, initial=start, disable=not processes.first, unit="step", smoothing=0.05)
-        self.pending, self.since, self.waited = [], time.perf_counter(), 0.0
-
-    def wait_for(self, loader):
-        """The loader's next batch. How long it took is logged, as `waiting`: its share of the time."""
-        start = time.perf_counter()
-        batch = next(loader)
-        self.waited += time.perf_counter() - start
-        return batch
+        self.log = Log(Path(out_dir, "log.jsonl"), start) if dist.first else None
+        self.bar = tqdm(total=steps, initial=start, disable=not dist.first, unit="step", smoothing=0.05)
+        self.pending, self.since = [], time.perf_counter()
 
     def add(self, terms):
         """terms: {name: scalar tensor}, of a step, with the same names in all processes."""
-        self.pending.append(terms)
+        self.pending.append({name: term.detach() for name, term in terms.items()})
         self.step += 1
         self.bar.update()
 
-    def report(self, lr):
+    def report(self, lr, waited=0.0):
         """Means over the steps since the last report and over all processes, to the log and the bar. Fails at the first
         NaN or infinity, naming step and term."""
         first = self.step - len(self.pending) + 1
         places = [(step, name) for step, terms in enumerate(self.pending, first) for name in terms]
         values = torch.stack([value.float() for terms in self.pending for value in terms.values()])
-        values = (self.processes.sum(values) / self.processes.count).tolist()
+        values = (self.dist.sum(values) / self.dist.count).tolist()
         for (step, name), value in zip(places, values):
             if not math.isfinite(value):
                 self.bar.close()  # so that the message has a line of its own
@@ -382,14 +379,21 @@ class Progress:
             by_name.setdefault(name, []).append(value)
         speed = self.batch_size * len(self.pending) / seconds
         means = {name: sum(values) / len(values) for name, values in by_name.items()}
-        self.write(**means, lr=lr, seconds=seconds, images_per_second=speed, waiting=self.waited / seconds)
+        self.write(**means, lr=lr, seconds=seconds, images_per_second=speed, waiting=waited / seconds)
         self.bar.set_postfix({**{name: f"{value:.3f}" for name, value in means.items()}, "img/s": f"{speed:.0f}"})
         self.pending = []
         self.start_clock()
 
+    def validated(self, psnr):
+        """Logs and shows the PSNR (dB) of a validation, whose time does not count in images/s."""
+        self.write(val_psnr=psnr)
+        if self.dist.first:
+            self.bar.write(f"step {self.step}: validation PSNR {psnr:.2f} dB")
+        self.start_clock()
+
     def start_clock(self):
         """Leaves out of images/s what was done since the last report: a validation, a picture."""
-        self.since, self.waited = time.perf_counter(), 0.0
+        self.since = time.perf_counter()
 
     def write(self, **values):
         if self.log:
@@ -404,7 +408,7 @@ def cosine(step, steps, base, final, warmup=0):
     return final + (base - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def update_average(averaged, trained, momentum):
+def update_ema(averaged, trained, momentum):
     """averaged <- momentum * averaged + (1 - momentum) * trained, for two lists of parameters."""
     with torch.no_grad():
         torch._foreach_lerp_(averaged, trained, 1 - momentum)
@@ -418,7 +422,7 @@ class MissingWeights(Exception):
     """A file of published weights is neither there nor to be had; the message says which, from where and to where."""
 
 
-def published(url, sha256, processes):
+def download_weights(url, sha256, dist):
     """The path of a file of published weights in torch.hub's cache, fetched once by one process of each machine.
 
     `sha256`: the hexadecimal checksum or its beginning. Raises MissingWeights in every process if any lacks the file.
@@ -437,26 +441,30 @@ def published(url, sha256, processes):
                 error = f"{path} is damaged (its checksum is {digest.hexdigest()[:16]}…); remove it and start again"
         except Exception as problem:
             error = f"{path.name} could not be downloaded from {url} ({problem}); put it at {path}"
-    errors = [error for error in processes.gather([error]) if error]
+    errors = [error for error in dist.gather([error]) if error]
     if errors:
         raise MissingWeights(errors[0])
     return path
 
 
-def load_lpips(net, processes):
+def load_lpips(net, dist):
     """LPIPS over VGG-16 ("vgg") or AlexNet ("alex"), frozen: (B, 3, H, W) twice, in [-1, 1] -> (B, 1, 1, 1)."""
     file, sha256 = {"vgg": ("vgg16-397923af.pth", "397923af"), "alex": ("alexnet-owt-7be5be79.pth", "7be5be79")}[net]
-    published(f"https://download.pytorch.org/models/{file}", sha256, processes)
+    download_weights(f"https://download.pytorch.org/models/{file}", sha256, dist)
     import lpips  # it loads the file that is now there
-    return lpips.LPIPS(net=net, verbose=False).to(processes.device).requires_grad_(False)
+    return lpips.LPIPS(net=net, verbose=False).to(dist.device).requires_grad_(False)
 
 
-def lpips_in_autocast(perceptual, processes):
-    """Lets the convolutions of an LPIPS run in the processes' precision, for training: its distances stay float32."""
+def training_lpips(dist):
+    """LPIPS over VGG-16 for training: its convolutions run in the processes' precision, its distances in float32."""
+    try:
+        perceptual = load_lpips("vgg", dist)
+    except MissingWeights as error:
+        fail(f"{error}, or do without the perceptual loss: --lpips_weight=0")
     convolutions = perceptual.net.to(memory_format=torch.channels_last).forward
 
     def forward(images):
-        with processes.autocast():
+        with dist.autocast():
             return [features.float() for features in convolutions(images)]
 
     perceptual.net.forward = forward

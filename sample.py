@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import data
 import runtime
-from model import LightningDiT, TCAE, guided, sample_flow
+from model import LightningDiT, TCAE, cfg_velocity, sample_flow
 from runtime import check
 
 checkpoint = "out/dit/checkpoint.pt"  # stage 2's
@@ -45,12 +45,12 @@ def noise_of(i, shape):
 
 
 @torch.no_grad()
-def draw(dit, tcae, indices, labels, shape, shift_base, processes):
+def draw(dit, tcae, indices, labels, shape, shift_base, dist):
     """Samples `indices` of the classes `labels` -> uint8 (B, H, W, 3) on the CPU."""
-    noise = torch.from_numpy(np.stack([noise_of(i, shape) for i in indices])).to(processes.device)
-    labels = torch.tensor(labels, device=processes.device)
-    with processes.autocast():
-        z = sample_flow(guided(dit, labels, dit.null_class, cfg_scale, cfg_interval), noise, steps, method, shift_base)
+    noise = torch.from_numpy(np.stack([noise_of(i, shape) for i in indices])).to(dist.device)
+    labels = torch.tensor(labels, device=dist.device)
+    with dist.autocast():
+        z = sample_flow(cfg_velocity(dit, labels, dit.null_class, cfg_scale, cfg_interval), noise, steps, method, shift_base)
         return data.to_uint8(tcae.decode(z)).cpu()
 
 
@@ -72,7 +72,7 @@ def main():
           f"cfg_interval={cfg_interval} must be (low, high)")
     for name in "steps", "batch_size", "per_class":
         check(constants[name] > 0, f"{name}={constants[name]} must be at least 1")
-    processes = runtime.Processes(device, dtype, seed)
+    dist = runtime.Distributed(device, dtype, seed)
     saved = runtime.load_checkpoint(checkpoint, "checkpoint", kind="dit")
     tokenizer_path = tokenizer or saved["constants"]["tokenizer"]
     saved_tokenizer = runtime.load_checkpoint(tokenizer_path, "tokenizer", kind="tokenizer")
@@ -83,7 +83,7 @@ def main():
     weights = saved["ema" if use_ema else "model"]
     dit = LightningDiT(saved["constants"]["size"], shape[0], shape[1], len(names))
     dit.load_state_dict(weights)
-    dit, tcae = dit.to(processes.device).eval(), TCAE.from_checkpoint(saved_tokenizer).to(processes.device)
+    dit, tcae = dit.to(dist.device).eval(), TCAE.from_checkpoint(saved_tokenizer).to(dist.device)
     chosen = parse_classes(names)
     labels = np.resize(chosen, num_samples or per_class * len(chosen))  # in turn, over and over
 
@@ -94,30 +94,30 @@ def main():
     about = {"generator": runtime.fingerprint(weights), "tokenizer": runtime.fingerprint(saved_tokenizer["tokenizer"]),
              "labels": runtime.fingerprint({"": torch.from_numpy(labels)}), "steps": steps, "method": method,
              "cfg_scale": cfg_scale, "cfg_interval": list(cfg_interval), "seed": seed, "dtype": dtype}
-    if processes.first and data.Store.differences(part, about):
+    if dist.first and data.Store.differences(part, about):
         os.remove(part)  # begun by another call, for other samples
-    store = data.Store.shared(part, about, len(labels), (side, side, 3), np.uint8, processes)
-    todo = store.to_do(processes)
-    for k in tqdm(range(0, len(todo), batch_size), desc="sampling", unit="batch", disable=not processes.first):
+    store = data.Store.shared(part, about, len(labels), (side, side, 3), np.uint8, dist)
+    todo = store.to_do(dist)
+    for k in tqdm(range(0, len(todo), batch_size), desc="sampling", unit="batch", disable=not dist.first):
         indices = todo[k:k + batch_size]
         store.put(indices, draw(dit, tcae, indices, labels[indices], shape, saved["constants"]["shift_base"],
-                                processes).numpy())
-        if processes.stop:
+                                dist).numpy())
+        if dist.stop:
             break
     store.flush()
-    if processes.stop_requested():  # asked only here, since processes have different numbers of batches
-        processes.print(f"SIGTERM: {part} keeps what is drawn; the same command goes on from there")
-        return processes.close()
-    if processes.first:
+    if dist.stop_requested():  # asked only here, since processes have different numbers of batches
+        dist.print(f"SIGTERM: {part} keeps what is drawn; the same command goes on from there")
+        return dist.close()
+    if dist.first:
         if num_samples:
             np.savez(path, arr_0=store.items, arr_1=labels)
         else:
             columns = len(labels) // per_class
             data.save_grid(path, torch.from_numpy(np.array(store.items)), columns, [names[k] for k in labels[:columns]])
         os.remove(part)
-    processes.print(f"wrote {path}: {len(labels)} samples of {len(set(labels.tolist()))} classes, "
+    dist.print(f"wrote {path}: {len(labels)} samples of {len(set(labels.tolist()))} classes, "
                     f"{steps} {method} steps, cfg_scale {cfg_scale}")
-    processes.close()
+    dist.close()
 
 
 if __name__ == "__main__":

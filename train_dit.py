@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import data
 import runtime
-from model import LightningDiT, TCAE, compile_blocks, flow_matching_loss, guided, sample_flow, shift_time
+from model import LightningDiT, TCAE, compile_blocks, flow_matching_loss, cfg_velocity, sample_flow, shift_time
 from runtime import check
 
 # Data
@@ -62,13 +62,13 @@ FREE = {"out_dir", "resume", "device", "workers", "compile", "accumulate", "log_
         "sample_steps", "sample_cfg_scale", "data_dir", "cache", "rebuild_cache", "cache_latents", "tokenizer"}
 
 
-def check_constants(processes):
+def check_constants(dist):
     """What configure() can't know. Each message names the constant."""
     for name in "epochs", "batch_size", "accumulate", "log_every", "save_every", "sample_every", "sample_steps", \
             "shift_base":
         check(globals()[name] > 0, f"{name}={globals()[name]} must be at least 1")
     check(len(betas) == 2 and max(betas) < 1, f"betas={betas} must be two numbers, each at least 0 and below 1")
-    shares = processes.count * accumulate
+    shares = dist.count * accumulate
     check(batch_size % shares == 0,
           f"batch_size={batch_size} must be a multiple of {shares} (processes × accumulate)")
     for name in "label_dropout", "ema_momentum":
@@ -128,32 +128,32 @@ class Pairs:
         return self.source.name(i)
 
 
-def encode_pixels(tcae, pixels, processes):
+def encode_pixels(tcae, pixels, dist):
     """uint8 (B, H, W, 3) -> z (B, c, h, w), rounded to float16 as in the cache."""
-    with torch.no_grad(), processes.autocast():
-        return tcae.encode(data.to_float(pixels, processes.device)).half()
+    with torch.no_grad(), dist.autocast():
+        return tcae.encode(data.to_float(pixels, dist.device)).half()
 
 
-def fill_cache(store, tcae, source, image_size, bad_files, processes):
+def fill_cache(store, tcae, source, image_size, bad_files, dist):
     """Encodes what the cache still lacks, each process its share."""
-    todo, bad = np.array(store.to_do(processes), int), []
+    todo, bad = np.array(store.to_do(dist), int), []
     loader = torch.utils.data.DataLoader(torch.utils.data.Subset(data.Centered(source, image_size), todo.tolist()),
                                          batch_size=max(1, min(128, 128**3 // image_size**2)), num_workers=workers,
                                          collate_fn=data.collate_centered, worker_init_fn=data.outlive_sigterm)
-    for pixels, indices, names in tqdm(loader, desc="encoding the data set once", disable=not processes.first):
+    for pixels, indices, names in tqdm(loader, desc="encoding the data set once", disable=not dist.first):
         bad += names
         if len(pixels):
             both = torch.stack([pixels, pixels.flip(2)], dim=1).flatten(0, 1)  # (2 b, H, W, 3): image, mirror image, …
-            z = encode_pixels(tcae, both, processes).cpu().unflatten(0, (-1, 2))  # (b, 2, c, h, w)
+            z = encode_pixels(tcae, both, dist).cpu().unflatten(0, (-1, 2))  # (b, 2, c, h, w)
             store.put(indices.numpy(), z.numpy())
-        if processes.stop:
+        if dist.stop:
             break
     store.flush()
-    if processes.stop_requested():  # asked only here, since processes have different numbers of batches
-        processes.print(f"SIGTERM: {store.path} keeps what is encoded; the next run goes on from there")
-        processes.close()
+    if dist.stop_requested():  # asked only here, since processes have different numbers of batches
+        dist.print(f"SIGTERM: {store.path} keeps what is encoded; the next run goes on from there")
+        dist.close()
         raise SystemExit(0)
-    bad_files.report(processes.gather(bad), processes)  # if they are too many, the next run tries them again
+    bad_files.report(dist.gather(bad), dist)  # if they are too many, the next run tries them again
     store.state[todo[store.state[todo] == 0]] = 2  # those could not be decoded
     store.flush()
 
@@ -181,7 +181,7 @@ class Example:
 # Training
 
 
-def open_latents(tcae, saved, processes):
+def open_latents(tcae, saved, dist):
     """The training source, the names of its classes, and the count of its bad files. The source is the cache, made or
     completed if need be, or the images, to be encoded on the fly."""
     constants = saved["constants"]
@@ -196,14 +196,14 @@ def open_latents(tcae, saved, processes):
     check(os.path.isdir(folder) and not os.path.isdir(path), f"cache={path} must be a file in a folder that is there")
     about = {"tokenizer": runtime.latents_of(saved), "image_size": image_size, "images": len(source),
              "files": source.fingerprint()}
-    if rebuild_cache and processes.first and os.path.exists(path):
+    if rebuild_cache and dist.first and os.path.exists(path):
         os.remove(path)
-    processes.wait()  # nobody may look at the old one
+    dist.wait()  # nobody may look at the old one
     differences = data.Store.differences(path, about)
     check(not differences, f"cache: {path} was made from something else ({differences}). "
                            "--rebuild_cache=True makes it anew, another --cache keeps both")
-    store = data.Store.shared(path, about, len(source), (2, *latent_shape(saved)), np.float16, processes)
-    fill_cache(store, tcae, source, image_size, bad_files, processes)
+    store = data.Store.shared(path, about, len(source), (2, *latent_shape(saved)), np.float16, dist)
+    fill_cache(store, tcae, source, image_size, bad_files, dist)
     latents = Latents(store, source)
     return latents, source.classes, data.BadFiles(latents)
 
@@ -216,13 +216,13 @@ def latent_shape(saved):
 
 
 @torch.no_grad()
-def draw_samples(ema, tcae, shape, class_names, path, processes):
+def draw_samples(ema, tcae, shape, class_names, path, dist):
     """A grid of EMA samples, four of each of the first ten classes; the noise is the same every time."""
     rng, columns, null_class = np.random.default_rng(seed), min(10, len(class_names)), len(class_names)
-    labels = torch.arange(columns).repeat(4).to(processes.device)
-    noise = torch.from_numpy(rng.standard_normal((len(labels), *shape), np.float32)).to(processes.device)
-    with processes.autocast():
-        z = sample_flow(guided(ema, labels, null_class, sample_cfg_scale), noise, sample_steps, shift_base=shift_base)
+    labels = torch.arange(columns).repeat(4).to(dist.device)
+    noise = torch.from_numpy(rng.standard_normal((len(labels), *shape), np.float32)).to(dist.device)
+    with dist.autocast():
+        z = sample_flow(cfg_velocity(ema, labels, null_class, sample_cfg_scale), noise, sample_steps, shift_base=shift_base)
         images = data.to_uint8(tcae.decode(z)).cpu()
     data.save_grid(path, images, columns, class_names[:columns])
 
@@ -232,20 +232,20 @@ def main():
     path, resumed = runtime.open_run(out_dir, resume, "dit")
     if resumed:
         runtime.check_resumable(resumed["constants"], constants, FREE)
-    processes = runtime.Processes(device, resumed["dtype"] if resumed else dtype, seed)
+    dist = runtime.Distributed(device, resumed["dtype"] if resumed else dtype, seed)
     if resumed and resumed["finished"]:
-        processes.print(f"{path} is finished: step {resumed['step']}")
-        return processes.close()
-    check_constants(processes)
-    compiled = processes.compiles(compile)
+        dist.print(f"{path} is finished: step {resumed['step']}")
+        return dist.close()
+    check_constants(dist)
+    compiled = dist.compiles(compile)
     runtime.make_folder(out_dir)
 
-    on = processes.device
+    on = dist.device
     saved = runtime.load_checkpoint(tokenizer, "tokenizer", kind="tokenizer")
     check(not resumed or resumed["latents_of"] == runtime.latents_of(saved),
           f"tokenizer={tokenizer} encodes otherwise than the one that {path} was trained on")
     tcae = TCAE.from_checkpoint(saved).to(on)
-    source, class_names, bad_files = open_latents(tcae, saved, processes)
+    source, class_names, bad_files = open_latents(tcae, saved, dist)
     check(not resumed or (resumed["images"], resumed["classes"]) == (len(source), class_names),
           f"data_dir has {len(source)} training images of {len(class_names)} classes, others than {path} began with")
     shape, classes = latent_shape(saved), len(class_names)
@@ -257,7 +257,7 @@ def main():
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay,
                                   fused=on.type in ("cuda", "cpu"))
-    processes.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(source)} images of "
+    dist.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(source)} images of "
                     f"{classes} classes as latents {' × '.join(map(str, shape))}; {steps} steps of {batch_size}")
     start = 0
     if resumed:
@@ -265,12 +265,12 @@ def main():
         model.load_state_dict(resumed["model"])
         ema.load_state_dict(resumed["ema"])
         optimizer.load_state_dict(resumed["optimizer"])
-        processes.print(f"resumed from {path} at step {start}")
+        dist.print(f"resumed from {path} at step {start}")
 
     def save(step):
-        if processes.first:
+        if dist.first:
             runtime.save_checkpoint(path, {
-                "kind": "dit", "constants": constants, "dtype": str(processes.dtype).removeprefix("torch."),
+                "kind": "dit", "constants": constants, "dtype": str(dist.dtype).removeprefix("torch."),
                 "revision": runtime.git_revision(), "step": step, "finished": step == steps, "images": len(source),
                 "latents_of": runtime.latents_of(saved),
                 "latent_shape": shape, "classes": class_names, "model": model.state_dict(), "ema": ema.state_dict(),
@@ -279,15 +279,15 @@ def main():
     if compiled:
         compile_blocks(model, ema)
     trained, averaged = list(model.parameters()), list(ema.parameters())
-    wrapped = processes.distribute(model)
+    wrapped = dist.distribute(model)
 
     loader = iter(data.batches(source, Example(shape, classes, label_dropout), batch_size, start, steps, seed,
-                               processes, accumulate, workers))
-    progress, bad = runtime.Progress(out_dir, start, steps, batch_size, processes), []
+                               dist, accumulate, workers))
+    progress, bad = runtime.Progress(out_dir, start, steps, batch_size, dist), []
     picture = os.path.join(out_dir, "samples.png")
 
     for step in range(start, steps):
-        torch.manual_seed(hash((seed, step, processes.rank)) % 2**63)  # for dropout you may add; all else is in Example
+        torch.manual_seed(hash((seed, step, dist.rank)) % 2**63)  # for dropout you may add; all else is in Example
         lr = learning_rate if step < decay_step else learning_rate + (min_learning_rate - learning_rate) * (
             (step - decay_step) / (steps - decay_step))
         lr *= min(1, (step + 1) / max(1, warmup_steps))
@@ -298,40 +298,40 @@ def main():
             batch, names = progress.wait_for(loader)
             bad += names
             batch = {name: x.to(on, non_blocking=True) for name, x in batch.items()}
-            z = (batch["z"] if "z" in batch else encode_pixels(tcae, batch["pixels"], processes)).float()
-            if processes.count > 1:
+            z = (batch["z"] if "z" in batch else encode_pixels(tcae, batch["pixels"], dist)).float()
+            if dist.count > 1:
                 wrapped.require_backward_grad_sync = part == accumulate - 1
             t = shift_time(batch["t"], shape, shift_base)
-            with processes.autocast():
+            with dist.autocast():
                 loss = flow_matching_loss(wrapped, z, batch["labels"], batch["noise"], t)
             (loss / accumulate).backward()
             total = total + loss.detach() / accumulate
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
-        runtime.update_average(averaged, trained, ema_momentum)
+        runtime.update_ema(averaged, trained, ema_momentum)
         progress.add({"loss": total, "grad_norm": grad_norm})
 
-        done, stopping = step + 1, processes.stop_requested()
+        done, stopping = step + 1, dist.stop_requested()
         last = done == steps
         drawing, saving = done % sample_every == 0 or last, done % save_every == 0 or stopping or last
         if done % log_every == 0 or saving or drawing:  # the only place that waits for the device
             progress.report(lr)
-            bad_files.report(processes.gather(bad), processes)
+            bad_files.report(dist.gather(bad), dist)
             bad = []
         if saving:
             save(done)
         if stopping and not last:
             progress.bar.close()
-            processes.print(f"SIGTERM: saved {path} at step {done}; --resume=True goes on from there")
-            return processes.close()
-        if drawing and processes.first:
-            draw_samples(ema, tcae, shape, class_names, picture, processes)
+            dist.print(f"SIGTERM: saved {path} at step {done}; --resume=True goes on from there")
+            return dist.close()
+        if drawing and dist.first:
+            draw_samples(ema, tcae, shape, class_names, picture, dist)
         if drawing:
             progress.start_clock()
     progress.bar.close()
-    processes.print(f"wrote {path} and {picture}: step {steps}")
-    processes.close()
+    dist.print(f"wrote {path} and {picture}: step {steps}")
+    dist.close()
 
 
 if __name__ == "__main__":

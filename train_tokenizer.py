@@ -115,12 +115,12 @@ class Views:
     """What a step needs of one image: the crop to reconstruct and, with self-supervision, iBOT's crops and masks."""
 
     def __init__(self, multi_crop):
-        self.multi_crop = multi_crop
+        self.image_size, self.multi_crop = image_size, multi_crop
         self.short_side = max(image_size, multi_crop.short_side if multi_crop else 0)  # of a decoded JPEG
 
     def __call__(self, image, rng):
         pixels = np.array(image)
-        views = {"images": data.random_crop(pixels, image_size, rng)}
+        views = {"images": data.random_crop(pixels, self.image_size, rng)}
         return {**views, **self.multi_crop(pixels, rng)} if self.multi_crop else views
 
     def prepare(self, batch):
@@ -297,7 +297,8 @@ def main():
         validating = done % eval_every == 0 and not last
         saving = done % save_every == 0 or stopping or last
         if done % log_every == 0 or saving or validating:
-            progress.report(lr, loader)
+            progress.report(lr, loader.waited())
+            loader.report_bad_files()
         if saving:
             save(done)
         if stopping:
@@ -307,7 +308,7 @@ def main():
                 progress.validated(data.validate(tcae, val, image_size, val_images, dist, picture))
             except runtime.Stopped:
                 pass  # SIGTERM in a validation: the next step saves and ends
-    progress.close()
+    progress.bar.close()
 
     # What the later stages need: latents of mean 0 and variance 1 in every channel.
     try:

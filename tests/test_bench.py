@@ -85,7 +85,7 @@ def test_rebuilt_tensors_are_like_the_described_ones():
 
 def test_the_plain_step_is_the_same_computation(tiny):
     """Head and loss on all tokens, the masked ones weighted, give the loss of the masked tokens alone."""
-    processes = runtime.Processes("cpu", "float32")
+    dist = runtime.Distributed("cpu", "float32")
     seen = []
     for plain in False, True:
         bench.configure(train_tokenizer, bench.CONFIGS["shapes"]["joint"])
@@ -97,7 +97,7 @@ def test_the_plain_step_is_the_same_computation(tiny):
             return loss, terms
 
         train_tokenizer.losses = losses
-        bench.tokenizer_step(8, processes, plain)[0]()
+        bench.tokenizer_step(8, dist, plain)[0]()
     ours, plain = seen
     assert ours["mim"] > 0
     for name in "loss", "l1", "cls", "mim":
@@ -107,7 +107,7 @@ def test_the_plain_step_is_the_same_computation(tiny):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_steps_table(tiny, capsys, dtype):
     """Every stage is measured; nothing is missing or not a number."""
-    bench.show_steps(runtime.Processes("cpu", dtype))
+    bench.show_steps(runtime.Distributed("cpu", dtype))
     rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
     assert [cells[0] for cells in rows] == ["tokenizer, joint", "tokenizer, finetuning", "generator", "encode",
                                             "decode", "sampling, one guided step"]

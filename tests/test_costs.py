@@ -56,17 +56,17 @@ def test_finetuning_s_operations_are_those_of_its_own_step(costs, monkeypatch, p
                       discriminator_input=32, discriminator_weights="random")
     for name, value in constants.items():
         monkeypatch.setattr(stage1, name, value)
-    processes = SimpleNamespace(device="meta", autocast=nullcontext, distribute=lambda model: model,
+    dist = SimpleNamespace(device="meta", autocast=nullcontext, distribute=lambda model: model,
                                 sum=lambda x: x, print=lambda _: None)
     with torch.device("meta"):
         expected = costs.finetuning_row(constants)[phase]
         tcae, vgg, images = TCAE.from_constants(constants), vgg16().features, torch.zeros(1, 3, 64, 64)
         for frozen in tcae.encoder, tcae.bottleneck, vgg:
             frozen.requires_grad_(False)
-        adversary = stage1.Adversary(tcae.decoder.head.weight, processes)
+        adversary = stage1.Adversary(tcae.decoder.head.weight, dist)
         with FlopCounterMode(display=False) as counter:
             loss, terms = stage1.losses(stage1.JointTokenizer(tcae), None, None, lambda a, b: (vgg(a) - vgg(b)).abs(),
-                                        adversary, {"images": images}, epoch / constants["epochs"], processes)
+                                        adversary, {"images": images}, epoch / constants["epochs"], dist)
             loss.backward()
     assert ("discriminator" in terms, "adversarial" in terms) == (phase > 0, phase > 1)
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.001)  # less: what first layers need not pass on

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from model import (DIT_SIZES, DiTBlock, LightningDiT, ModulatedRMSNorm, SwiGLU, flow_matching_loss, guided,
+from model import (DIT_SIZES, DiTBlock, LightningDiT, ModulatedRMSNorm, SwiGLU, flow_matching_loss, cfg_velocity,
                    position_embedding, rope_table, rotate, sample_flow, shift_time)
 
 SHAPE = (128, 8, 8)  # the paper's latent, (c, h, w)
@@ -399,7 +399,7 @@ def test_guidance_of_scale_one_changes_nothing_and_costs_nothing():
     """One call a step, with the batch as it is."""
     model, labels = Recorder(random_dit()), torch.tensor([0, 3, 9])
     noise = torch.randn(3, 6, 4, 4)
-    z = sample_flow(guided(model, labels, 10, cfg_scale=1.0), noise, 5)
+    z = sample_flow(cfg_velocity(model, labels, 10, cfg_scale=1.0), noise, 5)
     assert [(count, seen) for count, _, seen in model.calls] == [(3, [0, 3, 9])] * 5
     plain = sample_flow(lambda z, t: model.model(z, t.expand(3), labels), noise, 5)
     assert torch.equal(z, plain)
@@ -410,7 +410,7 @@ def test_guidance_goes_away_from_the_null_class(scale):
     """v_null + scale (v_class - v_null), image by image; both halves in one call."""
     model, labels = Recorder(random_dit()), torch.tensor([0, 3, 9])
     z, t = torch.randn(3, 6, 4, 4), torch.tensor(0.4)
-    ours = guided(model, labels, 10, cfg_scale=scale)(z, t)
+    ours = cfg_velocity(model, labels, 10, cfg_scale=scale)(z, t)
     assert model.calls == [(6, pytest.approx(0.4), [0, 3, 9, 10, 10, 10])]
     for i in range(3):
         v_class, v_null = (model.model(z[i:i + 1], t[None], torch.tensor([k])) for k in (labels[i], 10))
@@ -421,15 +421,15 @@ def test_guidance_goes_away_from_the_null_class(scale):
 def test_guidance_acts_in_its_interval_alone():
     """Twice the work where it acts, once elsewhere, where the class's own velocity is followed."""
     model, labels = Recorder(random_dit()), torch.tensor([0, 3])
-    sample_flow(guided(model, labels, 10, 3.0, (0.25, 0.75)), torch.randn(2, 6, 4, 4), 10)
+    sample_flow(cfg_velocity(model, labels, 10, 3.0, (0.25, 0.75)), torch.randn(2, 6, 4, 4), 10)
     assert [t for _, t, _ in model.calls] == pytest.approx(shifted_grid(10, (6, 4, 4))[:-1], abs=1e-6)
     assert {count for count, t, _ in model.calls if 0.25 <= t <= 0.75} == {4}
     assert {count for count, t, _ in model.calls if not 0.25 <= t <= 0.75} == {2}
     z, t = torch.randn(2, 6, 4, 4), torch.tensor(0.2)
-    inside, outside = (guided(model, labels, 10, 3.0, interval)(z, t) for interval in ((0.1, 0.3), (0.3, 0.9)))
+    inside, outside = (cfg_velocity(model, labels, 10, 3.0, interval)(z, t) for interval in ((0.1, 0.3), (0.3, 0.9)))
     assert torch.equal(outside, model.model(z, t.expand(2), labels)) and (inside - outside).abs().mean() > 1e-2
     count = len(model.calls)
-    everywhere = guided(model, labels, 10, 3.0)  # by default at both ends too
+    everywhere = cfg_velocity(model, labels, 10, 3.0)  # by default at both ends too
     everywhere(z, torch.tensor(0.0)), everywhere(z, torch.tensor(1.0))
     assert [calls[0] for calls in model.calls[count:]] == [4, 4]
 
@@ -441,5 +441,5 @@ def test_sampling_stays_on_the_model_s_device(scale, method):
     with torch.device("meta"):
         model, noise, labels = LightningDiT("32/2/2", 6, 4, 10), torch.randn(3, 6, 4, 4), torch.zeros(3).long()
     with torch.no_grad():
-        z = sample_flow(guided(model, labels, model.null_class, scale), noise, 3, method)
+        z = sample_flow(cfg_velocity(model, labels, model.null_class, scale), noise, 3, method)
     assert z.device.type == "meta" and z.shape == noise.shape

@@ -680,9 +680,9 @@ def test_probe_of_several_processes_is_the_probe_of_one(count, monkeypatch):
     alone = stage4.probe(*given, 2, process())
     monkeypatch.setattr(stage4.chunks, "__defaults__", (300,))
 
-    def work(processes):
-        mine = slice(processes.rank, None, 2) if processes.rank < 2 else slice(0, 0)
-        return stage4.probe(*(part[mine] for part in given), 2, processes)
+    def work(dist):
+        mine = slice(dist.rank, None, 2) if dist.rank < 2 else slice(0, 0)
+        return stage4.probe(*(part[mine] for part in given), 2, dist)
 
     accuracies = together(count, work)
     assert len(set(accuracies)) == 1 and accuracies[0] == pytest.approx(alone, abs=0.005)

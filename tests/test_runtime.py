@@ -154,13 +154,13 @@ def test_only_the_first_process_speaks(monkeypatch):
 @pytest.mark.parametrize("arguments, name", [(("abacus",), "device='abacus'"), (("cpu", "float8"), "dtype='float8'")])
 def test_a_device_or_type_that_is_not_there_is_named(arguments, name):
     """device=cuda on a laptop is the common case."""
-    assert name in failure(runtime.Processes, *arguments)
+    assert name in failure(runtime.Distributed, *arguments)
 
 
 def test_when_blocks_are_compiled(monkeypatch):
     """By default on CUDA alone; by True wherever it works, and where it does not, that is one line."""
     def compiles(wanted, device="cpu"):
-        return runtime.Processes.compiles(SimpleNamespace(device=torch.device(device)), wanted)
+        return runtime.Distributed.compiles(SimpleNamespace(device=torch.device(device)), wanted)
 
     def broken(call):
         raise RuntimeError("No working C++ compiler found\nTraceback and so on")
@@ -312,12 +312,12 @@ def test_update_average():
     trained = [torch.randn(3, 2, requires_grad=True), torch.randn(5, requires_grad=True)]
     averaged = [torch.randn(3, 2), torch.randn(5)]
     expected = [0.9 * t + 0.1 * s.detach() for t, s in zip(averaged, trained)]
-    runtime.update_average(averaged, trained, 0.9)
+    runtime.update_ema(averaged, trained, 0.9)
     for got, want in zip(averaged, expected):
         torch.testing.assert_close(got, want)
         assert not got.requires_grad
     before = [t.clone() for t in averaged]
-    runtime.update_average(averaged, trained, 1.0)
+    runtime.update_ema(averaged, trained, 1.0)
     assert all(map(torch.equal, averaged, before))
 
 
@@ -381,7 +381,7 @@ def test_the_time_spent_waiting_for_data_is_logged_as_a_share(tmp_path):
 def missing(*arguments):
     """What MissingWeights says."""
     with pytest.raises(runtime.MissingWeights) as error:
-        runtime.published(*arguments)
+        runtime.download_weights(*arguments)
     return str(error.value)
 
 
@@ -397,7 +397,7 @@ def test_weights_that_are_there_are_checked_and_not_fetched(tmp_path, monkeypatc
     path.write_bytes(b"weights")
     checksum = hashlib.sha256(b"weights").hexdigest()
     for expected in checksum, checksum[:8]:
-        assert runtime.published("https://localhost/weights.pth", expected, alone()) == path
+        assert runtime.download_weights("https://localhost/weights.pth", expected, alone()) == path
     path.write_bytes(b"weigh")
     message = missing("https://localhost/weights.pth", checksum, alone())
     assert str(path) in message and "damaged" in message
@@ -422,7 +422,7 @@ def test_weights_are_fetched_once_per_machine_and_missed_by_all(tmp_path, monkey
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("tried to download"))
     path = tmp_path / "hub" / "checkpoints" / "weights.pth"
-    assert runtime.published("https://localhost/weights.pth", "00", alone()) == path
+    assert runtime.download_weights("https://localhost/weights.pth", "00", alone()) == path
     failed = alone(gather=lambda items: ["the first one's error", *items])
     assert missing("https://localhost/weights.pth", "00", failed) == "the first one's error"
 
@@ -437,7 +437,7 @@ def test_lpips_in_autocast():
     results = {}
     for dtype in "", "float32", "bfloat16":
         network = copy.deepcopy(perceptual)
-        network = runtime.lpips_in_autocast(network, runtime.Processes("cpu", dtype)) if dtype else network
+        network = runtime.lpips_in_autocast(network, runtime.Distributed("cpu", dtype)) if dtype else network
         x = b.clone().requires_grad_()
         distance = network(x, a)
         distance.sum().backward()
