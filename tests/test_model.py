@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block as TimmBlock
 
 import model
-from model import (DINO, TCAE, Attention, Block, DiTBlock, Encoder, IBOTHead, LightningDiT, compile_blocks,
+from finetune_decoder import DINO
+from model import (TCAE, Attention, Block, DiTBlock, Encoder, IBOTHead, LightningDiT, compile_blocks,
                    flow_matching_loss, patchify, position_embedding, regrid, to_map, to_tokens)
 
 SMALL = dict(image_size=32, patch_size=4, downsample=8, latent_channels=6, encoder="32/2/2", decoder="32/2/2",
