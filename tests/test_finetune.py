@@ -308,7 +308,7 @@ def test_the_discriminator_s_step(first_step, tmp_path):
 
 def test_the_discriminator_learns(finetune, tmp_path):
     """To tell one from the other, with random features under it and a decoder that improves meanwhile."""
-    finetune(epochs=24, discriminator_start=0, adversarial_start=23.9, learning_rate=1e-2, min_learning_rate=1e-2,
+    finetune(epochs=40, discriminator_start=0, adversarial_start=39.9, learning_rate=1e-2, min_learning_rate=1e-2,
              warmup_epochs=0, decoder_ema=0.0, discriminator_augment=False, eval_every=1000)
     steps = [line for line in log(tmp_path / "out") if "discriminator" in line]
     accuracy, hinge = ([line[name] for line in steps] for name in ("discriminator_accuracy", "discriminator"))
