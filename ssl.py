@@ -41,7 +41,7 @@ np, torch, data = _Later("numpy"), _Later("torch"), _Later("data")
 Image, ImageFilter = _Later("PIL.Image"), _Later("PIL.ImageFilter")
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Views (iBOT's recipe, which is DINO's too; Appendix A takes each method's own, see runs/table6.sh for DINOv2's)
+# Views (iBOT's recipe, which is DINO's too; Appendix A takes each method's own, see runs/tables.py for DINOv2's)
 
 
 def random_resized_crop(pixels, size, scale, rng):
