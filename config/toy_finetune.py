@@ -1,6 +1,4 @@
 """Decoder finetuning beside config/toy_tokenizer.py, against a discriminator on random weights."""
-ssl_method = "none"
-alpha = 1.0
 lpips_weight = 0.0
 adversarial_weight = 0.75
 discriminator_start = 0.1
@@ -13,6 +11,5 @@ workers = 0
 epochs = 1
 batch_size = 16
 warmup_epochs = 0.05
-weight_decay = 0.0
 val_images = 50
 log_every = 5

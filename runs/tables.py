@@ -24,9 +24,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import vgg16
 
+import finetune_decoder
 import runtime
 import train_tokenizer
-from model import DINO, DiscriminatorHead, IBOTHead, LightningDiT, TCAE
+from finetune_decoder import DINO, DiscriminatorHead
+from model import IBOTHead, LightningDiT, TCAE
 from runtime import check
 
 table = ""  # 1, 2, 3, 4, 6, 8, 9, 10, 11, figure3, figure4, figure8, or several: 2,6
@@ -112,11 +114,11 @@ PAPER = {(row, column): number for _, columns, rows in TABLES.values() if isinst
          for row, numbers in rows.items() for column, number in zip(columns, numbers)}
 
 SHARED = {  # by all rows of a scale: the stages' scripts with what they are given, and how many samples are measured
-    "imagenet": dict(joint=["train_tokenizer.py"], finetuning=["train_tokenizer.py", "config/finetune_decoder.py"],
+    "imagenet": dict(joint=["train_tokenizer.py"], finetuning=["finetune_decoder.py"],
                      generator=["train_dit.py"], longer=["--epochs=800", "--decay_epoch=40"],
                      samples=50000, few_samples=10000),
     "shapes": dict(joint=["train_tokenizer.py", "config/toy_tokenizer.py"],
-                   finetuning=["train_tokenizer.py", "config/toy_finetune.py"],
+                   finetuning=["finetune_decoder.py", "config/toy_finetune.py"],
                    generator=["train_dit.py", "config/toy_dit.py"], longer=["--epochs=2", "--decay_epoch=1"],
                    samples=20, few_samples=20),
 }
@@ -282,15 +284,15 @@ def joint_cost(constants):
 def finetuning_cost(constants):
     """Operations for one image until the discriminator starts, while it learns alone, and from when its loss counts;
     and their mean over the epochs."""
-    *_, encode, _, _, step = joint_cost({**constants, "ssl_method": "none"})
+    *_, encode, decode, _, step = joint_cost({**constants, "ssl_method": "none"})
     network = DINO(constants["discriminator_size"], input_size=constants["discriminator_input"])
     head, image = DiscriminatorHead(network.width), torch.zeros(1, 3, *2 * [constants["image_size"]])
     dino, attention = count(lambda: network(image))
     heads = sum(count(lambda: head(features))[0] for features in network(image))
-    # The discriminator learns from a real image and a fake one, with DINO only run; the decoder's loss then goes
-    # forwards and backwards through all of it (attention takes two products, and four back).
+    # The discriminator learns from a real image and one that is decoded for it, with DINO only run; the decoder's loss
+    # then goes forwards and backwards through all of it (attention takes two products, and four back).
     plain = step - 2 * encode  # the encoder is only run
-    alone = plain + 2 * (dino + 3 * heads)
+    alone = plain + decode + 2 * (dino + 3 * heads)
     both = alone + 2 * dino + attention + 2 * heads
     epochs, start, counts = (constants[name] for name in ("epochs", "discriminator_start", "adversarial_start"))
     return plain, alone, both, (start * plain + (counts - start) * alone + (epochs - counts) * both) / epochs
@@ -311,7 +313,7 @@ def print_costs(rows):
         print_line(row, encoder / 1e6, decoder / 1e6, encode, decode, encode + decode, encode + decode - attention,
                    (encode + decode) / 2, step, hours(operations[-1], train_tokenizer.epochs))
     print("\n| another stage | GFLOPs for one training image | epochs | hours |\n|---|---|---|---|")
-    constants = runtime.configure(vars(train_tokenizer).copy(), [str(ROOT / SHARED["imagenet"]["finetuning"][1])])
+    constants = {**vars(train_tokenizer), **vars(finetune_decoder)}
     dit = LightningDiT("XL", 128, 8, 1000)
     step = 3 * count(lambda: dit(torch.zeros(1, 128, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long)))[0]
     stages = [(f"finetuning decoder {size}", finetuning_cost({**constants, "decoder": size})[-1], constants["epochs"])

@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,13 +19,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import vgg16
 
 import data
+import finetune_decoder
 import runtime
 import train_tokenizer
 from conftest import ROOT
 from model import TCAE, LightningDiT
+from test_train_dit import run_here
 
 FILES = {  # of each script: the constants that name what it reads, and what it writes
-    "train_tokenizer.py": (["init_from"], "{out_dir}/checkpoint.pt"),
+    "train_tokenizer.py": ([], "{out_dir}/checkpoint.pt"),
+    "finetune_decoder.py": (["init_from"], "{out_dir}/checkpoint.pt"),
     "train_dit.py": (["tokenizer"], "{out_dir}/checkpoint.pt"),
     "sample.py": (["checkpoint", "tokenizer"], "{out_dir}/samples.npz"),
     "eval.py": (["tokenizer", "samples", "feature_net"], "{out}"),
@@ -135,7 +137,7 @@ def test_every_command_is_valid(monkeypatch, capsys, scripts, tables, tmp_path, 
                 for name, value in constants.items():
                     changed.setattr(scripts[path], name, value)
                 scripts[path].check_constants(SimpleNamespace(count=processes))
-        if path == "train_tokenizer.py" and not constants["init_from"]:
+        if path == "train_tokenizer.py":
             with torch.device("meta"):
                 TCAE.from_constants(constants)
     results = {str(Path(out).relative_to(tmp_path)) for out in written if out.endswith(".json")}
@@ -398,29 +400,37 @@ def test_self_supervision_s_operations_are_those_of_the_formula(tables):
     assert both - alone == pytest.approx(3 * student + 2 * view(64) + (2 + 2 * masked) * token)
 
 
-@pytest.mark.parametrize("phase, epoch", [(0, 0), (1, 6), (2, 8)])
-def test_finetuning_s_operations_are_those_of_its_own_step(tables, scripts, monkeypatch, phase, epoch):
-    """The code of the step, forwards and backwards, counted by PyTorch. VGG's features stand for LPIPS."""
-    stage = scripts["train_tokenizer.py"]
-    constants = runtime.configure(vars(stage).copy(), [str(ROOT / tables.SHARED["imagenet"]["finetuning"][1])])
-    constants |= dict(image_size=64, encoder="64/4/4", decoder="96/4/4", stc_depth=2, discriminator_size="96/4/4",
-                      discriminator_input=32, discriminator_weights="random")
-    for name, value in constants.items():
-        monkeypatch.setattr(stage, name, value)
-    processes = SimpleNamespace(device="meta", autocast=nullcontext, distribute=lambda model: model,
-                                sum=lambda x: x, print=lambda _: None)
+def test_finetuning_s_operations_are_those_of_its_own_steps(tables, monkeypatch, tmp_path):
+    """A run of three steps, one in each phase, counted by PyTorch. VGG's features stand for LPIPS."""
+    constants = {**vars(train_tokenizer), **vars(finetune_decoder), "image_size": 32, "encoder": "64/4/4",
+                 "decoder": "96/4/4", "stc_depth": 2, "patch_size": 4, "downsample": 8, "discriminator_size": "96/4/4",
+                 "discriminator_input": 32}
+    kept = {name: constants[name] for name in (*TCAE.CONSTANTS, "shapes_images")}
+    torch.save({"kind": "tokenizer", "finished": True, "constants": {**kept, "data_dir": "shapes", "shapes_images": 4},
+                "tokenizer": TCAE.from_constants(constants).state_dict()}, tmp_path / "joint.pt")
+    vgg, counted, next_batch, add = vgg16().features.requires_grad_(False), [], data.TrainLoader.__next__, \
+        runtime.Progress.add
+
+    def begin(loader):
+        batch = next_batch(loader)
+        counted.append(FlopCounterMode(display=False))
+        counted[-1].__enter__()
+        return batch
+
+    def end(progress, terms):
+        counted[-1].__exit__(None, None, None)
+        add(progress, terms)
+
+    monkeypatch.setattr(data.TrainLoader, "__next__", begin)
+    monkeypatch.setattr(runtime.Progress, "add", end)
+    monkeypatch.setattr(runtime, "training_lpips", lambda _: lambda a, b: (vgg(a) - vgg(b)).abs())
+    run_here(finetune_decoder, init_from=tmp_path / "joint.pt", out_dir=tmp_path / "out", batch_size=4, epochs=3,
+             discriminator_start=1, adversarial_start=2, discriminator_weights="random", discriminator_size="96/4/4",
+             discriminator_input=32, val_images=8, workers=0, device="cpu", dtype="float32")
     with torch.device("meta"):
-        expected = tables.finetuning_cost(constants)[phase]
-        tcae, vgg, images = TCAE.from_constants(constants), vgg16().features, torch.zeros(1, 3, 64, 64)
-        for frozen in tcae.encoder, tcae.bottleneck, vgg:
-            frozen.requires_grad_(False)
-        adversary = stage.Adversary(tcae.decoder.head.weight, processes)
-        with FlopCounterMode(display=False) as counter:
-            loss, terms = stage.losses(stage.JointTokenizer(tcae), None, None, lambda a, b: (vgg(a) - vgg(b)).abs(),
-                                       adversary, {"images": images}, epoch / constants["epochs"], processes)
-            loss.backward()
-    assert ("discriminator" in terms, "adversarial" in terms) == (phase > 0, phase > 1)
-    assert counter.get_total_flops() == pytest.approx(expected, rel=0.001)  # less: what first layers need not pass on
+        expected = tables.finetuning_cost(constants)[:3]
+    for counter, operations in zip(counted, expected, strict=True):  # less: what first layers need not pass on
+        assert counter.get_total_flops() / 4 == pytest.approx(operations, rel=0.01)
 
 
 def test_a_generator_s_operations_are_those_of_the_formula(tables):
