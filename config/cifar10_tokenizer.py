@@ -32,4 +32,3 @@ save_every = 500
 eval_every = 500
 val_images = 0
 stats_images = 10000
-pca_baseline = True
