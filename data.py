@@ -214,6 +214,16 @@ def random_crop(pixels, size, rng):
     return np.ascontiguousarray(crop[:, ::-1] if rng.random() < 0.5 else crop)
 
 
+class PlainCrop:
+    """The transform of a TrainLoader that gives one random crop, {"images": uint8 (size, size, 3)}."""
+
+    def __init__(self, size):
+        self.size = self.short_side = size
+
+    def __call__(self, image, rng):
+        return {"images": random_crop(np.array(image), self.size, rng)}
+
+
 def to_float(pixels, device):
     """uint8 (…, H, W, 3) on any device -> float32 (…, 3, H, W) in [-1, 1] on `device`."""
     return pixels.to(device, non_blocking=True).movedim(-1, -3).float().div_(127.5).sub_(1)

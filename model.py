@@ -1,24 +1,23 @@
-"""Every network with parameters, in the order in which an image meets them.
+"""The networks, in the order in which an image meets them.
 
     Attention, MLP, Block          the transformer, as in ViT (pre-norm); compile_blocks
-    Encoder                        patches -> M blocks -> 2 x 2 tokens become 1 -> the other blocks -> image tokens
+    Encoder                        patches -> M blocks -> 2 × 2 tokens become 1 -> the other blocks -> image tokens
     Bottleneck                     image tokens -> latent: pixel shuffle, then an MLP
-    Decoder                        the mirror image of both
+    Unbottleneck, Decoder          the mirror image of both
     TCAE                           the tokenizer: encode(images) -> z, decode(z) -> images
-    IBOTHead, JointTokenizer       what is trained beside it in stage 1, and both together
-    Discriminator                  what the decoder is finetuned against, on a frozen DINO
+    IBOTHead, JointTokenizer       the head of self-supervision; all that stage 1 trains
     LightningDiT                   the generator, on the tokenizer's latents
-    flow_matching_loss, sample_flow    how it is trained and used, side by side
+    flow_matching_loss, sample_flow    how it is trained and sampled, side by side
 
 Images are (B, 3, H, W) in [-1, 1]. A "map" is (B, D, h, w), "tokens" are (B, h * w, D), row by row.
 Sections and tables are those of the paper, arXiv 2604.07340.
 """
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.parametrizations import spectral_norm
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}  # width, depth (blocks), heads
 
@@ -55,12 +54,16 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D / heads)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.requires_grad:
-            # the fused kernel's backward is up to ten times slower there than this line's
-            x = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
-        else:
-            x = F.scaled_dot_product_attention(q, k, v)  # softmax(q kᵀ / √(D / heads)) v
+        x = dot_product_attention(q, k, v)  # softmax(q kᵀ / √(D / heads)) v
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
+
+
+def dot_product_attention(q, k, v):
+    """softmax(q kᵀ / √d) v, (B, heads, N, d) each: PyTorch's fused kernel, but for training in bfloat16 on a CPU, where
+    its backward is up to ten times slower than the plain products'."""
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.requires_grad:
+        return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class MLP(nn.Module):
@@ -98,8 +101,8 @@ class MapMLP(MLP):
 
 
 def init_weights(module):
-    """For `module.apply`: Xavier for linear layers. What has no residual connection around it (patch embedding,
-    compression, expansion, bottleneck) gets He's, which keeps the variance through the GELU: with less, the image's
+    """For `module.apply`: Xavier for linear layers. Layers without a residual connection around them (patch embedding,
+    compression, expansion, bottleneck) get He's, which keeps the variance through the GELU: otherwise the image's
     signal would become small beside the position embedding that is added after it. Biases are zero."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
@@ -115,7 +118,7 @@ def init_weights(module):
 
 
 def compile_blocks(*networks):
-    """torch.compile for every transformer block in these networks, each by itself: all of a shape share the result."""
+    """torch.compile every transformer block in these networks by itself: blocks of one shape share the result."""
     torch._dynamo.config.cache_size_limit = 64  # one version per crop size, with and without gradient
     torch._dynamo.config.optimize_ddp = False  # else every block is cut where DDP's buckets end
     for network in networks:
@@ -155,8 +158,8 @@ def regrid(map, factor):
 def position_embedding(height, width, reference, dim, device):
     """Fixed 2-D sine-cosine position embedding, (height * width, dim), amplitude 1.
 
-    A grid of any size is stretched over the same `reference` × `reference` square, by the centres of its patches. In
-    iBOT interpolating a learned embedding does this: a local crop, too, spans the whole range of positions.
+    A grid of any size is stretched over the same `reference` × `reference` square, by the centres of its patches, so a
+    local crop, too, spans the whole range of positions (iBOT interpolates a learned embedding to the same end).
     """
     def encode(count):
         position = (torch.arange(count, dtype=torch.float64) + 0.5) * reference / count - 0.5
@@ -173,7 +176,7 @@ def position_embedding(height, width, reference, dim, device):
 
 def compression_layer(width, kind):
     """2 × 2 tokens -> 1, as maps (B, D, h, w) -> (B, D, h / 2, w / 2); the two rows of Table 8."""
-    if kind == "conv":  # "lightweight two-layer convolution": the stride comes first, so both layers are cheap
+    if kind == "conv":  # "lightweight two-layer convolution"; with the stride first both layers are cheap
         return nn.Sequential(nn.Conv2d(width, width, 3, stride=2, padding=1), nn.GELU(),
                              nn.Conv2d(width, width, 3, padding=1))
     return nn.Sequential(nn.PixelUnshuffle(2), MapMLP(4 * width, width, width))
@@ -190,7 +193,8 @@ def expansion_layer(width, kind):
 class Encoder(nn.Module):
     """Images -> [CLS] token and image tokens, with staged token compression after block M = stc_depth (Sec. 3.3).
 
-    `output_patch` is the side, in pixels, of what one output token stands for: p, or 2 p with a compression layer.
+    N = H W / p² tokens (Eq. 1) enter. `output_patch` is the side, in pixels, of the square that one output token stands
+    for: p, or 2 p with a compression layer.
     """
 
     def __init__(self, image_size, patch_size, size, stc_depth, compression):
@@ -202,9 +206,9 @@ class Encoder(nn.Module):
         self.patch_embed = nn.Linear(3 * patch_size**2, width)
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.stage1 = nn.Sequential(*[Block(width, heads) for _ in range(stc_depth)])  # on all N tokens
+        self.fine_blocks = nn.Sequential(*[Block(width, heads) for _ in range(stc_depth)])  # on all N tokens
         self.compress = compression_layer(width, compression) if stc_depth else None
-        self.stage2 = nn.Sequential(*[Block(width, heads) for _ in range(depth - stc_depth)])  # on N / 4
+        self.coarse_blocks = nn.Sequential(*[Block(width, heads) for _ in range(depth - stc_depth)])  # on N / 4
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.apply(init_weights)
         # pixels in [-1, 1] are small: with this gain a patch starts about as large as the embedding of its position
@@ -226,18 +230,19 @@ class Encoder(nn.Module):
             x = torch.where(mask.flatten(1)[:, :, None], self.mask_token.to(x.dtype), x)
         x = x + position_embedding(height, width, self.reference, self.width, x.device)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, D)
-        x = self.stage1(x)
+        x = self.fine_blocks(x)
         if self.compress:  # [CLS] goes around the convolution and rejoins the shorter sequence
             x, cls = to_map(x[:, 1:], height, width), x[:, :1]
             x = torch.cat([cls, to_tokens(self.compress(x))], dim=1)  # (B, 1 + N / 4, D)
-        x = self.norm(self.stage2(x))
+        x = self.norm(self.coarse_blocks(x))
         return x[:, 0], x[:, 1:]
 
 
 class Bottleneck(nn.Module):
     """Tokens on a grid -> latent (B, c, H / f, W / f): pixel shuffle to the latent's grid, then an MLP (Sec. 4.1).
 
-    `factor` is latent patch / token patch. It is below 1 where there are fewer tokens than latent positions (p = 64).
+    `factor` = f / token patch; factor² = f_tok→lat (Eq. 3) tokens become one latent position. It is below 1 where there
+    are fewer tokens than latent positions (p = 64).
     """
 
     def __init__(self, width, factor, latent_channels):
@@ -251,8 +256,20 @@ class Bottleneck(nn.Module):
         return self.mlp(x)
 
 
+class Unbottleneck(nn.Module):
+    """Latent (B, c, H / f, W / f) -> map (B, D, h, w) on the tokens' grid: the mirror image of `Bottleneck`."""
+
+    def __init__(self, latent_channels, width, factor):
+        super().__init__()
+        self.factor = factor
+        self.mlp = MapMLP(latent_channels, width, round(width * factor**2))
+
+    def forward(self, z):
+        return regrid(self.mlp(z), 1 / self.factor)
+
+
 class Decoder(nn.Module):
-    """Latent (B, c, H / f, W / f) -> images (B, 3, H, W): the encoder and the bottleneck backwards (Sec. 3.5).
+    """Latent (B, c, H / f, W / f) -> images (B, 3, H, W): bottleneck and encoder backwards (Sec. 3.5).
 
     A decoder deeper than the encoder keeps the encoder's share of blocks on the fine grid.
     """
@@ -261,26 +278,26 @@ class Decoder(nn.Module):
         super().__init__()
         width, depth, heads = parse_size("decoder", size)
         fine = round(stc_fraction * depth)
-        self.patch_size, self.width, self.factor = patch_size, width, factor
+        self.patch_size, self.width = patch_size, width
         self.reference = image_size // patch_size
-        self.mlp = MapMLP(latent_channels, width, round(width * factor**2))
-        self.stage2 = nn.Sequential(*[Block(width, heads) for _ in range(depth - fine)])  # on N / 4 tokens
+        self.unbottleneck = Unbottleneck(latent_channels, width, factor)
+        self.coarse_blocks = nn.Sequential(*[Block(width, heads) for _ in range(depth - fine)])  # on N / 4 tokens
         self.expand = expansion_layer(width, compression) if stc_fraction else None
-        self.stage1 = nn.Sequential(*[Block(width, heads) for _ in range(fine)])  # on all N
+        self.fine_blocks = nn.Sequential(*[Block(width, heads) for _ in range(fine)])  # on all N
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, 3 * patch_size**2)
         self.apply(init_weights)
         nn.init.normal_(self.head.weight, std=0.002)  # the first images are grey, not noise to be unlearned
 
     def forward(self, z):
-        x = regrid(self.mlp(z), 1 / self.factor)  # (B, D, h, w)
+        x = self.unbottleneck(z)  # (B, D, h, w)
         height, width = x.shape[2:]
         x = to_tokens(x).contiguous() + position_embedding(height, width, self.reference, self.width, x.device)
-        x = self.stage2(x)  # (B, h w, D)
-        if self.expand:  # to_tokens' view would keep the blocks on transposed memory, autocast's output in bfloat16
+        x = self.coarse_blocks(x)  # (B, h w, D)
+        if self.expand:  # contiguous and float32, which to_tokens' view and autocast's output are not
             x = to_tokens(self.expand(to_map(x, height, width))).contiguous().float()  # (B, 4 h w, D)
             height, width = 2 * height, 2 * width
-        x = self.head(self.norm(self.stage1(x)))  # (B, H W / p², 3 p²)
+        x = self.head(self.norm(self.fine_blocks(x)))  # (B, H W / p², 3 p²)
         return F.pixel_shuffle(to_map(x, height, width), self.patch_size).float()
 
 
@@ -315,6 +332,8 @@ class TCAE(nn.Module):
         if max(downsample, token_patch) % min(downsample, token_patch):
             raise ValueError(f"downsample={downsample}: neither a multiple nor a divisor of the {token_patch} pixels "
                              f"that a token stands for (patch_size={patch_size}, stc_depth={stc_depth})")
+        # Eq. 3: f² = f_pix→tok · f_tok→lat. The patch embedding compresses p² : 1, the compression layer another 4 : 1;
+        # what then remains of f² is left to the bottleneck, factor² : 1.
         factor = downsample / token_patch
         for name, width in ("encoder", encoder_width), ("decoder", decoder_width):
             if width * downsample**2 % token_patch**2:
@@ -382,25 +401,18 @@ class IBOTHead(nn.Module):
             return F.linear(x, F.normalize(self.prototypes, dim=-1))
 
 
-def ssl_logits(encoder, heads, crops, positions=None, mask=None):
-    """Crops (B, 3, H, W) -> logits of [CLS] (B, K), logits of the output tokens at `positions` (P, K) or None without
-    them, and [CLS] itself (B, D).
-
-    `heads`: one for both, or one for [CLS] and one for tokens. `positions` (P,) are indices into all B h w output
-    tokens. Only masked tokens enter the loss; the head, whose K-wide output is the largest tensor of the step, runs on
-    them alone.
-    """
-    cls, tokens = encoder(crops, mask)
-    if positions is None:
-        return heads[0](cls), None, cls
-    tokens = tokens.flatten(0, 1)[positions]  # (P, D)
-    if len(heads) == 2:
-        return heads[0](cls), heads[1](tokens), cls
-    return *heads[0](torch.cat([cls, tokens])).split([len(cls), len(tokens)]), cls
+class SSLOutput(NamedTuple):
+    """An encoder's output for V B crops, as the SSL loss takes it."""
+    cls_logits: torch.Tensor  # (V B, K), crop by crop
+    patch_logits: torch.Tensor  # (P, K), of the masked tokens of the global crops
+    cls: torch.Tensor  # (2 B, D), [CLS] itself of the global crops, for KoLeo
 
 
 class JointTokenizer(nn.Module):
-    """All that stage 1 trains, with one forward for one step, so that DistributedDataParallel sees every gradient."""
+    """All that stage 1 trains, with one forward for one step, so that DistributedDataParallel sees every gradient.
+
+    heads: ModuleDict of "cls" and "patch", the same IBOTHead in iBOT and two in DINOv2; None without self-supervision.
+    """
 
     def __init__(self, tcae, heads=None, masks=True):
         super().__init__()
@@ -408,125 +420,27 @@ class JointTokenizer(nn.Module):
         tcae.encoder.mask_token.requires_grad_(heads is not None and masks)  # DDP insists that what it trains is used
 
     def forward(self, images, views=None):
-        """Images (B, 3, H, W) -> their reconstruction, and for `views` (see ssl.by_view) the student's logits: [CLS] of
-        both global crops (2 B, K), masked tokens (P, K), [CLS] of the local crops (L B, K); and the first's [CLS]
-        itself (2 B, D)."""
+        """Images (B, 3, H, W) -> their reconstruction, and for `views` (see ssl.collate_crops) the student's SSLOutput
+        for the masked global crops and the local crops."""
         reconstruction = self.tcae(images)
         if views is None:
             return reconstruction, None
         encoder = self.tcae.encoder
-        global_cls, patches, cls = ssl_logits(encoder, self.heads, views["global_crops"], views["positions"],
-                                              views["mask"])
-        local_crops = views["local_crops"]
-        local_cls = ssl_logits(encoder, self.heads, local_crops)[0] if len(local_crops) else global_cls[:0]
-        return reconstruction, (global_cls, patches, local_cls, cls)
+        student = ssl_output(encoder, self.heads, views["global_crops"], views["masked_index"], views["mask"])
+        if len(views["local_crops"]):
+            local_cls, _ = encoder(views["local_crops"])  # (L B, D)
+            student = student._replace(cls_logits=torch.cat([student.cls_logits, self.heads["cls"](local_cls)]))
+        return reconstruction, student
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The discriminator, for decoder finetuning alone (Table 7, right; the recipe is RAE's)
+def ssl_output(encoder, heads, crops, masked_index, mask=None):
+    """Global crops (2 B, 3, g, g) -> SSLOutput, of the student with a `mask` (2 B, h, h), of the teacher without.
 
-
-class DINO(nn.Module):
-    """The frozen ViT of DINO, with the parameter names of Meta's checkpoint: images (B, 3, H, W) in [-1, 1] -> five
-    times its patch tokens' features (B, D, N): of the last block, then after a quarter, half, three quarters and all
-    of the depth.
-
-    (RAE sets the bias of the keys to 0. It adds the same to all of a query's products, so softmax does not see it.)
+    masked_index (P,): the masked tokens among all 2 B h². Only they enter the loss, so the head, whose K-wide output is
+    the largest tensor of the step, runs on them alone.
     """
-
-    def __init__(self, size="S", patch_size=8, input_size=224):
-        super().__init__()
-        width, depth, heads = parse_size("discriminator_size", size)
-        if depth < 4:
-            raise ValueError(f"discriminator_size={size!r}: at least 4 blocks, since its heads look at four of them")
-        if input_size % patch_size or input_size < 2 * patch_size:
-            raise ValueError(f"discriminator_input={input_size} must be a multiple of {patch_size}, at least "
-                             f"{2 * patch_size}: its heads look at four tokens to both sides")
-        self.input_size, self.width = input_size, width
-        self.taps = [round(depth * k / 4) - 1 for k in (1, 2, 3, 4)]  # of 12 blocks: 2, 5, 8 and 11
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch_size, stride=patch_size)})
-        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + (input_size // patch_size) ** 2, width))
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)  # not used here, but the checkpoint has it
-        self.apply(init_weights)
-        self.requires_grad_(False)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
-
-    def forward(self, images):
-        images = F.interpolate(images, (self.input_size, self.input_size), mode="bilinear")
-        x = (images / 2 + 0.5 - self.mean) / self.std
-        x = to_tokens(self.patch_embed["proj"](x))  # (B, N, D)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
-        features = []
-        for k, block in enumerate(self.blocks):
-            x = block(x)
-            features += [x[:, 1:].transpose(1, 2)] * self.taps.count(k)  # (B, D, N)
-        return [features[-1], *features]
-
-
-class ImageNorm(nn.InstanceNorm1d):
-    """Instance norm: each channel of (B, D, N) is normalised over the tokens of its own image, in float32. (RAE calls
-    it batch norm, but its groups are single images.)"""
-
-    def __init__(self, width):
-        super().__init__(width, eps=1e-6, affine=True)
-
-    def forward(self, x):
-        return super().forward(x.float())
-
-
-class DiscriminatorHead(nn.Module):
-    """Features (B, D, N) -> logits (B, N): three spectrally normalised 1-D convolutions along the tokens, of kernel 1,
-    9 and 1. The middle one is a residual branch, and the sum is divided by √2."""
-
-    def __init__(self, width):
-        super().__init__()
-
-        def conv(outputs, kernel):
-            return spectral_norm(nn.Conv1d(width, outputs, kernel, padding=kernel // 2, padding_mode="circular"))
-
-        def block(kernel):
-            return nn.Sequential(conv(width, kernel), ImageNorm(width), nn.LeakyReLU(0.2))
-
-        self.block1, self.block9, self.out = block(1), block(9), conv(1, 1)
-
-    def forward(self, features):
-        x = self.block1(features)
-        x = (x + self.block9(x)) / 2**0.5
-        return self.out(x)[:, 0]
-
-
-class Discriminator(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] -> logits (B, 5 N), high for what looks real. Only the five heads are trained."""
-
-    def __init__(self, dino):
-        super().__init__()
-        self.dino = dino
-        self.heads = nn.ModuleList(DiscriminatorHead(dino.width) for _ in range(5))
-
-    def forward(self, images):
-        return torch.cat([head(x) for head, x in zip(self.heads, self.dino(images))], dim=1).float()
-
-
-def augment_differentiably(images):
-    """A random shift by up to an eighth of the side, then random brightness, saturation and contrast, per image,
-    (B, 3, H, W): of real and generated images alike, so that the discriminator can't learn the training images by heart
-    (DiffAugment, in RAE's order: what the shift uncovers is grey before the colours change)."""
-    B, _, height, width = images.shape
-    down, right = ((torch.rand(2, B, 1, 1, device=images.device) * 2 - 1) / 8)  # as shares of the sides
-    rows = torch.arange(height, device=images.device)[:, None] - (down * height).round().long()  # (B, H, 1)
-    columns = torch.arange(width, device=images.device) - (right * width).round().long()  # (B, 1, W)
-    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)  # (B, H, W)
-    source = rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)
-    x = images.flatten(2).gather(2, source.flatten(1)[:, None].expand(-1, 3, -1)).view_as(images) * inside[:, None]
-    brightness, saturation, contrast = torch.rand(3, B, 1, 1, 1, device=images.device)
-    x = x + brightness - 0.5
-    mean = x.mean(1, keepdim=True)
-    x = mean + (x - mean) * 2 * saturation
-    mean = x.mean((1, 2, 3), keepdim=True)
-    return mean + (x - mean) * (contrast + 0.5)
+    cls, tokens = encoder(crops, mask)  # (2 B, D), (2 B, h², D)
+    return SSLOutput(heads["cls"](cls), heads["patch"](tokens.flatten(0, 1)[masked_index]), cls)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -659,11 +573,10 @@ def flow_matching_loss(model, z, labels, noise, t):
 
 def cfg_velocity(model, labels, null_class, cfg_scale=1.0, cfg_interval=(0.0, 1.0)):
     """velocity(z, t) with classifier-free guidance, v_null + cfg_scale (v_class - v_null), for t in the interval, and
-    v_class elsewhere. Both come from one call of the model on a doubled batch; where guidance changes nothing, it is
-    called on the batch alone."""
+    v_class elsewhere. Both come from one call of the model on a doubled batch."""
     null = torch.full_like(labels, null_class)
 
-    def velocity(z, t):  # t is on the CPU, where nobody waits to compare it
+    def velocity(z, t):  # t is on the CPU, so that comparing it never synchronises
         times = torch.full((len(z),), t.item(), device=z.device)
         if cfg_scale == 1 or not cfg_interval[0] <= t <= cfg_interval[1]:
             return model(z, times, labels)

@@ -5,7 +5,7 @@
     open_run, make_folder, save_checkpoint, load_checkpoint, check_resumable, fingerprint, latents_of
     Log, Progress        log.jsonl, and the bar with it
     cosine, update_average    the learning rate's schedule (and the teacher's momentum); the teacher's weights, the EMA
-    published, load_lpips, lpips_in_autocast    weights that others trained, with a checksum
+    download_weights, load_lpips, training_lpips    weights that others trained, with a checksum
 """
 import ast
 import difflib
@@ -362,7 +362,7 @@ class Progress:
 
     def add(self, terms):
         """terms: {name: scalar tensor}, of a step, with the same names in all processes."""
-        self.pending.append(terms)
+        self.pending.append({name: term.detach() for name, term in terms.items()})
         self.step += 1
         self.bar.update()
 
@@ -386,6 +386,13 @@ class Progress:
         self.write(**means, lr=lr, seconds=seconds, images_per_second=speed, waiting=waited / seconds)
         self.bar.set_postfix({**{name: f"{value:.3f}" for name, value in means.items()}, "img/s": f"{speed:.0f}"})
         self.pending = []
+        self.start_clock()
+
+    def validated(self, psnr):
+        """Logs and shows the PSNR (dB) of a validation, whose time does not count in images/s."""
+        self.write(val_psnr=psnr)
+        if self.dist.first:
+            self.bar.write(f"step {self.step}: validation PSNR {psnr:.2f} dB")
         self.start_clock()
 
     def start_clock(self):
@@ -452,8 +459,12 @@ def load_lpips(net, dist):
     return lpips.LPIPS(net=net, verbose=False).to(dist.device).requires_grad_(False)
 
 
-def lpips_in_autocast(perceptual, dist):
-    """Lets the convolutions of an LPIPS run in the processes' precision, for training: its distances stay float32."""
+def training_lpips(dist):
+    """LPIPS over VGG-16 for training: its convolutions run in the processes' precision, its distances in float32."""
+    try:
+        perceptual = load_lpips("vgg", dist)
+    except MissingWeights as error:
+        fail(f"{error}, or do without the perceptual loss: --lpips_weight=0")
     convolutions = perceptual.net.to(memory_format=torch.channels_last).forward
 
     def forward(images):

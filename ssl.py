@@ -1,17 +1,21 @@
-"""Joint self-supervision with iBOT (Sec. 3.4), and its relatives of Table 6, DINO and DINOv2: views, masks, targets and
-losses. Nothing here has parameters; the head is in model.py.
+"""Self-supervision (Sec. 3.4): iBOT, trained jointly with the reconstruction, and Table 6's DINO and DINOv2.
 
-    MultiCrop           one image -> two global crops with block masks, and local crops
-    by_view             a batch of them -> what JointTokenizer.forward takes
-    METHODS             in what the three differ
-    IBOTLoss            L_[CLS] + L_MIM, and the centres
-    sinkhorn_knopp, koleo    what DINOv2 has instead of the centres, and beside them
-    teacher_temperature    its schedule
+iBOT in a paragraph: the teacher, a moving average of the student, sees two global crops of an image and turns [CLS] and
+every token into a distribution over K prototypes. The student sees the same crops with blocks of tokens masked, and
+several small local crops. It has to predict the teacher's [CLS] of every *other* crop, L_[CLS], and the teacher's
+tokens where its own are masked, L_MIM. So tokens come to say what an image shows, not only what its pixels are.
 
-The name is taken: `import ssl` anywhere in this project's processes, in urllib or pip or torch.hub, finds this file
-instead of Python's TLS module. So it runs that module's code first, in its own namespace, and *is* the TLS module with
-iBOT on top. For the same reason numpy, Pillow, torch and data.py load only when they are used: a program that only
-wants TLS may not have them.
+    METHODS, IBOTLoss            L_iBOT = L_[CLS] + L_MIM (Eq. 4), and in what DINO and DINOv2 differ
+    sinkhorn_knopp, koleo        DINOv2's replacement for centring, and its regulariser
+    teacher_temperature          its schedule
+    block_mask, random_mask      which tokens are masked
+    MultiCrop, collate_crops     one image -> its crops and masks; a batch of them
+    random_resized_crop, augment, …    pixel arithmetic
+
+Nothing here has parameters: the heads are in model.py. The file bears the name of Python's TLS module, so every
+`import ssl` in this project's processes, in urllib or pip too, finds it. That is why it first runs the standard
+library's ssl, to *be* that module with iBOT on top, and imports numpy, Pillow and torch only when they are used:
+a program that only wants TLS may not have them.
 """
 import importlib
 import math
@@ -19,7 +23,7 @@ import sysconfig
 from importlib.machinery import PathFinder
 
 _doc = __doc__
-exec(PathFinder.find_spec("ssl", [sysconfig.get_path("stdlib")]).loader.get_code("ssl"))
+exec(PathFinder.find_spec("ssl", [sysconfig.get_path("stdlib")]).loader.get_code("ssl"))  # see the last paragraph above
 __doc__ = _doc
 
 
@@ -41,7 +45,184 @@ np, torch, data = _Later("numpy"), _Later("torch"), _Later("data")
 Image, ImageFilter = _Later("PIL.Image"), _Later("PIL.ImageFilter")
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Views (iBOT's recipe, which is DINO's too; Appendix A takes each method's own, see runs/table6.sh for DINOv2's)
+# The loss (Eq. 4)
+
+METHODS = {  # Table 6, right. masks: L_MIM too; untied: patches have a head of their own; sinkhorn: instead of centring
+    "dino": dict(masks=False, untied=False, sinkhorn=False, koleo_weight=0.0),
+    "ibot": dict(masks=True, untied=False, sinkhorn=False, koleo_weight=0.0),
+    "dinov2": dict(masks=True, untied=True, sinkhorn=True, koleo_weight=0.1),
+}
+
+
+class IBOTLoss:
+    """L_iBOT = L_[CLS] + L_MIM: cross-entropies between softmax((teacher - centre) / τ_t) and softmax(student / τ_s).
+
+    The centre is a moving average of the teacher's logits over the global batch: subtracting it keeps one prototype
+    from winning every image, and the low temperature τ_t keeps the output from becoming uniform. The state is two of
+    them, (K,) each: for [CLS], and for patches, over the masked tokens, the only ones whose logits are computed.
+
+    DINOv2 takes its targets from `sinkhorn_knopp` instead, without a centre, and adds `koleo_weight` × KoLeo of [CLS]
+    over the images of one crop and process.
+    """
+
+    def __init__(self, prototypes, device, student_temp=0.1, center_momentum=0.9, sinkhorn=False, koleo_weight=0.0,
+                 sum_over_processes=lambda x: x):
+        self.student_temp, self.center_momentum = student_temp, center_momentum
+        self.sinkhorn, self.koleo_weight, self.sum_over_processes = sinkhorn, koleo_weight, sum_over_processes
+        self.centers = {"cls": torch.zeros(prototypes, device=device), "patch": torch.zeros(prototypes, device=device)}
+        self.batch_sums = {}
+
+    def cls_loss(self, student, teacher, teacher_temp):
+        """L_[CLS]. student: logits ((2 + L) B, K), crop by crop, the two global ones first; teacher: logits (2 B, K) ->
+        the loss, and {name: entropy in nats} of the teacher's output, for the log."""
+        target = self.target("cls", teacher, teacher_temp)  # (2 B, K)
+        batch = len(teacher) // 2
+        log_student = (student.float() / self.student_temp).log_softmax(-1)
+        loss, pairs = 0, 0
+        for q, of_teacher in enumerate(target.split(batch)):  # (B, K)
+            for v, of_student in enumerate(log_student.split(batch)):  # (B, K)
+                if v != q:
+                    loss = loss - (of_teacher * of_student).sum(-1).mean()
+                    pairs += 1
+        return loss / pairs, {"teacher_entropy": entropy(target).mean(), "batch_entropy": entropy(target.mean(0))}
+
+    def mim_loss(self, student, teacher, mask_weight, teacher_temp):
+        """L_MIM: the same crop, v = q, at the masked tokens. student, teacher: logits (P, K); mask_weight (P,) from
+        collate_crops makes the sum over tokens a mean over each crop's masked tokens, then over crops."""
+        target = self.target("patch", teacher, teacher_temp)  # (P, K)
+        log_student = (student.float() / self.student_temp).log_softmax(-1)
+        return -(mask_weight * (target * log_student).sum(-1)).sum()
+
+    def target(self, name, logits, temperature):
+        """The teacher's distributions over the prototypes, (N, K); rows sum to 1. name: "cls" or "patch"."""
+        logits = logits.float()
+        if self.sinkhorn:
+            return sinkhorn_knopp(logits, temperature, self.sum_over_processes)
+        total = torch.cat([logits.sum(0), logits.new_full((1,), len(logits))])  # (K + 1,), the last: how many
+        self.batch_sums[name] = self.batch_sums.get(name, 0) + total
+        return ((logits - self.centers[name]) / temperature).softmax(-1)
+
+    def update_centers(self):
+        """Once per step, after all its micro-batches: centre <- 0.9 centre + 0.1 mean of the global batch."""
+        for name, total in self.batch_sums.items():
+            logits, count = self.sum_over_processes(total).split([len(total) - 1, 1])
+            mean = torch.where(count > 0, logits / count.clamp(min=1), self.centers[name])  # count 0: nothing masked
+            self.centers[name].lerp_(mean, 1 - self.center_momentum)
+        self.batch_sums = {}
+
+
+def entropy(p):
+    """Of distributions (…, K), in nats."""
+    return -(p * p.clamp(min=1e-12).log()).sum(-1)
+
+
+def sinkhorn_knopp(logits, temperature, sum_over_processes, iterations=3):
+    """Soft assignments (N, K) of all processes' samples to prototypes, so that every prototype gets as much as any
+    other: exp(logits / temperature) with columns and rows divided by their sums in turn. Rows sum to 1."""
+    q = ((logits - 1) / temperature).exp()  # logits are cosines, at most 1; a factor that all share cancels
+    for _ in range(iterations):
+        q = q / sum_over_processes(q.sum(0)).clamp(min=1e-30)
+        q = q / q.sum(1, keepdim=True)
+    return q
+
+
+def koleo(x):
+    """-mean log of the distance to the nearest other row, of rows scaled to length 1, (N, D): it spreads them out
+    (Sablayrolles et al. 2019)."""
+    x = torch.nn.functional.normalize(x.float(), dim=-1)
+    nearest = (x @ x.T).detach().fill_diagonal_(-1).argmax(1)
+    return -(torch.nn.functional.pairwise_distance(x, x[nearest]) + 1e-8).log().mean()
+
+
+def teacher_temperature(epoch, warmup_epochs, start, end):
+    """τ_t: linear from `start` to `end` over the first `warmup_epochs`, however long the training (iBOT)."""
+    return start + (end - start) * min(1.0, epoch / warmup_epochs) if warmup_epochs else end
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Masks, on the encoder's *output* grid: with staged compression every output token is wholly masked or wholly visible
+
+
+def block_mask(height, width, ratio, rng):
+    """A mask (height, width), True = hidden, made of rectangles until about `ratio` of it is hidden, never more (BEiT).
+
+    Rectangles have an aspect of 0.3 to 1/0.3 and cover at least (min(height, width) // 3)² tokens. Where fewer are left
+    to hide, iBOT draws the area between the two: such a block fits only if it overlaps what is hidden already, so a
+    mask stays in few pieces.
+    """
+    mask, wanted = np.zeros((height, width), bool), ratio * height * width
+    smallest = (min(height, width) // 3) ** 2
+    failures = 0
+    while mask.sum() < wanted and failures < 10:
+        left_to_hide = wanted - mask.sum()
+        area = rng.uniform(*sorted((smallest, left_to_hide)))
+        aspect = np.exp(rng.uniform(np.log(0.3), np.log(1 / 0.3)))
+        h, w = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
+        failures += 1
+        if not (0 < h < height and 0 < w < width):
+            continue
+        top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
+        block = mask[top:top + h, left:left + w]
+        if 0 < block.size - block.sum() <= left_to_hide:
+            block[:] = True
+            failures = 0
+    return mask
+
+
+def random_mask(grid, rng, mean=0.3, spread=0.2):
+    """A block mask (grid, grid) that hides nothing half of the time, else a share uniform in mean ± spread."""
+    return block_mask(grid, grid, rng.uniform(mean - spread, mean + spread) if rng.random() < 0.5 else 0.0, rng)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Crops (iBOT's recipe, which is DINO's too; Appendix A takes each method's own: runs/tables.py has DINOv2's)
+
+
+class MultiCrop:
+    """An image, uint8 (H, W, 3), and an rng -> {"global_crops": uint8 (2, g, g, 3), "local_crops": uint8 (L, l, l, 3),
+    "mask": bool (2, h, h)}, with h = global_size / output_patch."""
+
+    def __init__(self, global_size, global_scale, local_size, local_scale, local_crops, output_patch, masks=True):
+        self.global_size, self.global_scale = global_size, global_scale
+        self.local_size, self.local_scale, self.local_crops = local_size, local_scale, local_crops
+        self.mask_grid, self.masks = global_size // output_patch, masks
+        self.blur_scale = global_size / 224  # iBOT's radii are for 224 px: a small image is blurred less
+        # An image whose shorter side has this many pixels is never enlarged: the smallest crop has the share scale[0]
+        # of the area, and the square of its own shorter side is at least 3/4 of that.
+        self.short_side = math.ceil(max(size / math.sqrt(scale[0] * 3 / 4) for size, scale in
+                                        [(global_size, global_scale), (local_size, local_scale)]))
+
+    def __call__(self, pixels, rng):
+        def crop(size, scale, blur, solarize):
+            return augment(random_resized_crop(pixels, size, scale, rng), rng, blur, solarize, self.blur_scale)
+
+        local_crops = [crop(self.local_size, self.local_scale, 0.5, 0.0) for _ in range(self.local_crops)]
+        return {
+            "global_crops": np.stack([crop(self.global_size, self.global_scale, 1.0, 0.0),
+                                      crop(self.global_size, self.global_scale, 0.1, 0.2)]),
+            "local_crops": np.array(local_crops, np.uint8).reshape(-1, self.local_size, self.local_size, 3),
+            "mask": np.stack([random_mask(self.mask_grid, rng) if self.masks else
+                              np.zeros((self.mask_grid, self.mask_grid), bool) for _ in range(2)]),
+        }
+
+
+def collate_crops(views):
+    """Collated views, (B, crops, …) each -> crop by crop, as JointTokenizer.forward takes them.
+
+    {"global_crops": (2 B, g, g, 3), "local_crops": (L B, l, l, 3), "mask": (2 B, h, h), "masked_index": (P,) of the
+    masked tokens among all 2 B h h, "mask_weight": (P,): all masked tokens of one crop share 1 / (2 B)}. The index is
+    found here, in the loading worker: asking a GPU how many tokens are masked would wait for it.
+    """
+    views = {name: batch.transpose(0, 1).flatten(0, 1) for name, batch in views.items()}
+    tokens = views["mask"].flatten(1)  # (2 B, h h)
+    counts = tokens.sum(1)
+    shares = 1 / (counts * len(counts)).clamp(min=1)
+    return {**views, "masked_index": tokens.flatten().nonzero()[:, 0], "mask_weight": shares.repeat_interleave(counts)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pixel arithmetic. While its colours change, an image is float32 (3, H, W), 0 to 255, and changes in place: allocating
+# new memory would take longer than the arithmetic
 
 
 def random_resized_crop(pixels, size, scale, rng):
@@ -60,10 +241,6 @@ def random_resized_crop(pixels, size, scale, rng):
         left, top = (width - w) // 2, (height - h) // 2
     crop = data.resize(pixels[top:top + h, left:left + w], size)
     return crop[:, ::-1] if rng.random() < 0.5 else crop
-
-
-# While its colours change an image is float32 (3, H, W), from 0 to 255, and changes in place: to fetch new memory would
-# take longer than the arithmetic.
 
 
 def grey(image):
@@ -127,182 +304,3 @@ def augment(pixels, rng, blur, solarize, blur_scale):
     if rng.random() < solarize:
         pixels = np.minimum(pixels, 255 - pixels)  # values from 128 on are inverted
     return pixels
-
-
-def block_mask(height, width, ratio, rng):
-    """A mask (height, width), True = hidden, made of rectangles until about `ratio` of it is hidden, never more (BEiT).
-
-    Rectangles have an aspect of 0.3 to 1/0.3 and cover at least (min(height, width) // 3)² tokens. Where fewer are left
-    to hide, iBOT draws the area between the two: such a block fits only if it overlaps what is hidden already, so a mask
-    stays in few pieces.
-    """
-    mask, wanted = np.zeros((height, width), bool), ratio * height * width
-    smallest = (min(height, width) // 3) ** 2
-    failures = 0
-    while mask.sum() < wanted and failures < 10:
-        left_to_hide = wanted - mask.sum()
-        area = rng.uniform(*sorted((smallest, left_to_hide)))
-        aspect = np.exp(rng.uniform(np.log(0.3), np.log(1 / 0.3)))
-        h, w = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
-        failures += 1
-        if not (0 < h < height and 0 < w < width):
-            continue
-        top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
-        block = mask[top:top + h, left:left + w]
-        if 0 < block.size - block.sum() <= left_to_hide:
-            block[:] = True
-            failures = 0
-    return mask
-
-
-def random_mask(grid, rng, mean=0.3, spread=0.2):
-    """A block mask (grid, grid) that hides nothing half of the time, else a share uniform in mean ± spread."""
-    return block_mask(grid, grid, rng.uniform(mean - spread, mean + spread) if rng.random() < 0.5 else 0.0, rng)
-
-
-class MultiCrop:
-    """An image, uint8 (H, W, 3), and an rng -> {"global_crops": uint8 (2, g, g, 3), "local_crops": uint8 (L, l, l, 3),
-    "mask": bool (2, h, h)}. Masks are drawn on the encoder's output grid, h = global_size / output_patch."""
-
-    def __init__(self, global_size, global_scale, local_size, local_scale, local_crops, output_patch, masks=True):
-        self.global_size, self.global_scale = global_size, global_scale
-        self.local_size, self.local_scale, self.local_crops = local_size, local_scale, local_crops
-        self.mask_grid, self.masks = global_size // output_patch, masks
-        self.blur_scale = global_size / 224  # iBOT's radii are meant for 224 px: a small image is blurred less
-        # How many pixels an image's shorter side must have for no crop to be enlarged: the smallest crop has the share
-        # scale[0] of the area, and the square of its own shorter side is at least 3/4 of that.
-        self.short_side = math.ceil(max(size / math.sqrt(scale[0] * 3 / 4) for size, scale in
-                                        [(global_size, global_scale), (local_size, local_scale)]))
-
-    def __call__(self, pixels, rng):
-        def view(size, scale, blur, solarize):
-            crop = random_resized_crop(pixels, size, scale, rng)
-            return augment(crop, rng, blur, solarize, self.blur_scale)
-
-        local_crops = [view(self.local_size, self.local_scale, 0.5, 0.0) for _ in range(self.local_crops)]
-        return {
-            "global_crops": np.stack([view(self.global_size, self.global_scale, 1.0, 0.0),
-                                      view(self.global_size, self.global_scale, 0.1, 0.2)]),
-            "local_crops": np.array(local_crops, np.uint8).reshape(-1, self.local_size, self.local_size, 3),
-            "mask": np.stack([random_mask(self.mask_grid, rng) if self.masks else
-                              np.zeros((self.mask_grid, self.mask_grid), bool) for _ in range(2)]),
-        }
-
-
-def by_view(views):
-    """Collated views, the images first -> sorted by view and then by image, ready for JointTokenizer.forward.
-
-    {"global_crops": (2 B, g, g, 3), "local_crops": (L B, l, l, 3), "mask": (2 B, h, h), "positions": (P,) indices of
-    the masked tokens among all 2 B h h, "weights": (P,) what each counts: all masked tokens of one crop share
-    1 / (2 B)}. The positions are found here, in the loading worker, because asking a GPU how many there are would
-    wait for it.
-    """
-    views = {name: batch.transpose(0, 1).flatten(0, 1) for name, batch in views.items()}
-    tokens = views["mask"].flatten(1)  # (2 B, h h)
-    counts = tokens.sum(1)
-    shares = 1 / (counts * len(counts)).clamp(min=1)
-    return {**views, "positions": tokens.flatten().nonzero()[:, 0], "weights": shares.repeat_interleave(counts)}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The loss (Eq. 4)
-
-METHODS = {  # Table 6, right. masks: with L_MIM; untied: patches have a head of their own; sinkhorn: instead of centres
-    "dino": dict(masks=False, untied=False, sinkhorn=False, koleo_weight=0.0),
-    "ibot": dict(masks=True, untied=False, sinkhorn=False, koleo_weight=0.0),
-    "dinov2": dict(masks=True, untied=True, sinkhorn=True, koleo_weight=0.1),
-}
-
-
-def sinkhorn_knopp(logits, temperature, sum_over_processes, iterations=3):
-    """Soft assignments (N, K) of all processes' samples to prototypes, so that every prototype gets as much as any
-    other: exp(logits / temperature) with columns and rows divided by their sums in turn. Rows sum to 1."""
-    q = ((logits - 1) / temperature).exp()  # logits are cosines, at most 1; a factor that all share cancels
-    for _ in range(iterations):
-        q = q / sum_over_processes(q.sum(0)).clamp(min=1e-30)
-        q = q / q.sum(1, keepdim=True)
-    return q
-
-
-def koleo(x):
-    """-mean log of the distance to the nearest other row, of rows scaled to length 1, (N, D): it spreads them out
-    (Sablayrolles et al. 2019)."""
-    x = torch.nn.functional.normalize(x.float(), dim=-1)
-    nearest = (x @ x.T).detach().fill_diagonal_(-1).argmax(1)
-    return -(torch.nn.functional.pairwise_distance(x, x[nearest]) + 1e-8).log().mean()
-
-
-class IBOTLoss:
-    """Cross-entropy of the student against softmax((teacher - centre) / teacher_temp), for [CLS] between different
-    views and for masked tokens within the same view. Its state is the two centres, (K,) each.
-
-    The centre is a moving average of the teacher's logits over the global batch: subtracting it keeps any prototype
-    from winning every image; the low temperature keeps the output from becoming uniform. For patches the average is
-    over the masked tokens, the only ones whose logits are computed.
-
-    With `sinkhorn` the targets are those of sinkhorn_knopp instead, without a centre; `koleo_weight` adds KoLeo of
-    [CLS] over the images of one view and process (both DINOv2).
-    """
-
-    def __init__(self, prototypes, device, student_temp=0.1, center_momentum=0.9, sinkhorn=False, koleo_weight=0.0,
-                 sum_over_processes=lambda x: x):
-        self.student_temp, self.center_momentum = student_temp, center_momentum
-        self.sinkhorn, self.koleo_weight, self.sum_over_processes = sinkhorn, koleo_weight, sum_over_processes
-        self.centers = {"cls": torch.zeros(prototypes, device=device), "patch": torch.zeros(prototypes, device=device)}
-        self.batch_sums = {}
-
-    def __call__(self, student, teacher, weights, teacher_temp):
-        """-> {"cls": L_[CLS], "mim": L_MIM, "koleo" if it has a weight}, which are to be added up, and, for the log,
-        the entropy of the teacher's outputs (nats).
-
-        student: logits ([CLS] of global crops (2 B, K), masked tokens (P, K), [CLS] of local crops (L B, K)) and the
-        first's [CLS] itself (2 B, D), see JointTokenizer.
-        teacher: logits ([CLS] of global crops (2 B, K), the same masked tokens (P, K)); weights (P,) from by_view.
-        """
-        teacher_cls, teacher_patches = (logits.float() for logits in teacher)
-        if not self.sinkhorn:  # what update_centers needs
-            for name, logits in ("cls", teacher_cls), ("patch", teacher_patches):
-                total = torch.cat([logits.sum(0), logits.new_full((1,), len(logits))])  # (K + 1,), the last: how many
-                self.batch_sums[name] = self.batch_sums.get(name, 0) + total
-
-        target = self.target("cls", teacher_cls, teacher_temp).unflatten(0, (2, -1))  # (2, B, K)
-        views = torch.cat([student[0], student[2]]).unflatten(0, (-1, target.shape[1]))  # (2 + L, B, K)
-        log_student = (views.float() / self.student_temp).log_softmax(-1)
-        others = log_student.sum(0) - log_student[:2]  # (2, B, K): for global view q the sum over all v ≠ q
-        pairs = 2 * (len(views) - 1)
-        loss_cls = -(target * others).sum((0, 2)).mean() / pairs
-
-        patch_target = self.target("patch", teacher_patches, teacher_temp)  # (P, K)
-        log_patches = (student[1].float() / self.student_temp).log_softmax(-1)
-        loss_mim = -(weights[:, None] * patch_target * log_patches).sum()
-
-        terms = {"cls": loss_cls, "mim": loss_mim}
-        if self.koleo_weight:
-            terms["koleo"] = self.koleo_weight * sum(koleo(view) for view in student[3].chunk(2))
-        mean = target.mean((0, 1))
-        return terms, \
-            {"teacher_entropy": -(target * target.clamp(min=1e-12).log()).sum(-1).mean(),
-             "batch_entropy": -(mean * mean.clamp(min=1e-12).log()).sum()}
-
-    def target(self, name, logits, temperature):
-        """The teacher's distributions over the prototypes, (N, K); rows sum to 1. name: "cls" or "patch"."""
-        if self.sinkhorn:
-            return sinkhorn_knopp(logits, temperature, self.sum_over_processes)
-        return ((logits - self.centers[name]) / temperature).softmax(-1)
-
-    def update_centers(self):
-        """Once per step, after all its micro-batches: centre <- 0.9 centre + 0.1 mean of the global batch."""
-        for name, total in self.batch_sums.items():
-            logits, count = self.sum_over_processes(total).split([len(total) - 1, 1])
-            mean = torch.where(count > 0, logits / count.clamp(min=1), self.centers[name])  # count 0: nothing masked
-            self.centers[name].lerp_(mean, 1 - self.center_momentum)
-        self.batch_sums = {}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The teacher's temperature (its momentum is runtime.cosine)
-
-
-def teacher_temperature(epoch, warmup_epochs, start, end):
-    """Linear from `start` to `end` over the first `warmup_epochs`, however long the training (iBOT)."""
-    return start + (end - start) * min(1.0, epoch / warmup_epochs) if warmup_epochs else end

@@ -3,15 +3,11 @@
     python train_tokenizer.py config/shapes_tokenizer.py                      # a laptop, minutes, no data needed
     torchrun --nproc_per_node=8 train_tokenizer.py --data_dir=imagenet        # the paper's run: p = 8, M = 6
     python train_tokenizer.py --data_dir=imagenet --out_dir=out/x --resume=True    # goes on where it stopped
-    torchrun --nproc_per_node=8 train_tokenizer.py config/finetune_decoder.py --init_from=out/tokenizer/checkpoint.pt
 
-L = α L_rec + L_iBOT, L_rec = L1 + λ_p LPIPS + λ_q L_adv (Eq. 5 and 6). The defaults are Table 7's left column, where
-λ_q is 0; with --init_from the decoder alone is trained on, as in its right column. The adversarial part is the class
-Adversary.
-Writes out_dir/checkpoint.pt, log.jsonl and reconstructions.png.
+L = α L_rec + L_iBOT (Eq. 5), L_rec = L1 + λ_p LPIPS (Eq. 6; its adversarial term belongs to finetune_decoder.py). The
+defaults are Table 7's left column. Writes out_dir/checkpoint.pt, log.jsonl and reconstructions.png.
 """
 import copy
-import math
 import os
 
 import numpy as np
@@ -21,8 +17,7 @@ import torch.nn.functional as F
 import data
 import runtime
 import ssl  # ours: see its docstring
-from model import (DINO, Discriminator, IBOTHead, JointTokenizer, TCAE, augment_differentiably, compile_blocks,
-                   ssl_logits)
+from model import IBOTHead, JointTokenizer, TCAE, compile_blocks, ssl_output
 from runtime import check
 
 # Data
@@ -41,7 +36,7 @@ stc_depth = 6  # M: the compression layer stands after block M; 0 = no staged co
 compression = "conv"  # or "shuffle" (Table 8)
 
 # Objective
-alpha = 0.1  # α, weight of the reconstruction (Table 9). L1 is on [-1, 1] here, twice that on [0, 1]: the paper says neither
+alpha = 0.1  # α, weight of the reconstruction (Table 9); L1 is on [-1, 1], twice that on [0, 1]: the paper does not say
 lpips_weight = 1.0  # λ_p; 0 = no perceptual loss, and no VGG weights needed
 
 # Self-supervision
@@ -56,29 +51,18 @@ local_crop_scale = (0.05, 0.25)  # share of the image's area
 teacher_momentum = 0.996  # rises to 1 along a cosine
 teacher_temp = (0.04, 0.07)  # τ_t at the start and after its warm-up; lower it if teacher_entropy stays near log K
 teacher_temp_warmup_epochs = 30.0  # over which τ_t rises, however long the run (iBOT)
-freeze_prototypes_epochs = 1.0  # epochs in which the head's last layer stays as it is
-
-# Decoder finetuning (config/finetune_decoder.py; joint training does without)
-init_from = ""  # a checkpoint of joint training: its encoder and bottleneck stay, its sizes and data_dir are taken over
-adversarial_weight = 0.0  # λ_q; 0 = no discriminator
-discriminator_start = 6.0  # epoch from which the discriminator is trained
-adversarial_start = 8.0  # epoch from which its loss counts
-discriminator_weights = "dino"  # of the frozen ViT-S/8 under the trained heads; "random", for tests and experiments
-discriminator_size = "S"  # of that ViT; another one than S only with random weights
-discriminator_input = 224  # pixels to which it resizes what it sees
-discriminator_augment = True  # DiffAugment: random colours and shifts of all that it sees
-decoder_ema = 0.0  # momentum of the averaged decoder, which is the one that is kept; 0 = none
+freeze_prototypes_epochs = 1.0  # epochs in which the head's last layer is frozen
 
 # Optimisation (Table 7, left)
 epochs = 50  # passes over the data set
 batch_size = 512  # images per step, over all processes
-accumulate = 1  # micro-batches per step and process: less memory, the same gradient (not so for dinov2, adversarial)
+accumulate = 1  # micro-batches per step and process: less memory, the same gradient (except for dinov2's KoLeo)
 learning_rate = 1e-3  # at the end of the warm-up
 min_learning_rate = 1e-6  # at the end
 warmup_epochs = 5.0  # over which the rate rises from 0
 betas = (0.9, 0.95)  # AdamW
 weight_decay = 0.04  # of matrices; biases, norms and tokens have none
-grad_clip = 3.0  # largest norm of the whole gradient (iBOT's bound is for each tensor's); 0 = no clipping
+grad_clip = 3.0  # largest norm of the whole gradient (iBOT clips each tensor's); 0 = no clipping
 
 # The run
 out_dir = "out/tokenizer"
@@ -93,11 +77,6 @@ eval_every = 1000  # steps between validations, each with a picture
 val_images = 1000  # how many images a validation takes; 0 = all
 stats_images = 50000  # training images that the latents' mean and std are measured on
 
-DINO_WEIGHTS = ("https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
-                "")  # no checksum is published; that every name and shape fits is checked
-
-TAKEN_OVER = (*TCAE.CONSTANTS, "shapes_images")  # from the checkpoint that init_from names
-
 FREE = {"out_dir", "resume", "device", "workers", "compile", "accumulate", "log_every", "save_every", "eval_every",
         "val_images", "data_dir"}  # constants that a resumed run may change
 
@@ -105,19 +84,6 @@ FREE = {"out_dir", "resume", "device", "workers", "compile", "accumulate", "log_
 def check_constants(dist):
     """What configure() can't know. Each message names the constant and says what to do."""
     check(ssl_method in (*ssl.METHODS, "none"), f"ssl_method={ssl_method!r}: it is {', '.join(ssl.METHODS)} or none")
-    check(not adversarial_weight or init_from, f"adversarial_weight={adversarial_weight} needs --init_from=CHECKPOINT")
-    check(not init_from or ssl_method == "none", f"init_from={init_from} trains the decoder alone: --ssl_method=none")
-    check(discriminator_start <= adversarial_start,
-          f"discriminator_start={discriminator_start} must not be later than adversarial_start={adversarial_start}")
-    check(discriminator_weights in ("dino", "random"),
-          f"discriminator_weights={discriminator_weights!r}: it is 'dino' or 'random'")
-    check(discriminator_weights == "random" or (discriminator_size, discriminator_input) == ("S", 224),
-          f"discriminator_size={discriminator_size!r}, discriminator_input={discriminator_input}: DINO's weights are "
-          "for S and 224; --discriminator_weights=random for others")
-    check(decoder_ema < 1, f"decoder_ema={decoder_ema} must be below 1")
-    check(not decoder_ema or init_from, f"decoder_ema={decoder_ema} needs --init_from=CHECKPOINT")
-    check(not adversarial_weight or adversarial_start < epochs,
-          f"adversarial_start={adversarial_start} must be earlier than epochs={epochs}, or its loss never counts")
     for name in "epochs", "batch_size", "accumulate", "log_every", "save_every", "eval_every", "image_size", \
             "patch_size", "downsample", "latent_channels", "prototypes", "head_hidden", "global_crop_size", \
             "local_crop_size", "stats_images", "shapes_images":
@@ -145,8 +111,8 @@ def check_constants(dist):
               f"global_crop_size={global_crop_size} must be at least {2 * unit}: a single token can't be masked")
 
 
-class StepViews:
-    """All views of one image that a step needs: the crop to reconstruct and, with self-supervision, iBOT's."""
+class Views:
+    """What a step needs of one image: the crop to reconstruct and, with self-supervision, iBOT's crops and masks."""
 
     def __init__(self, multi_crop):
         self.image_size, self.multi_crop = image_size, multi_crop
@@ -159,143 +125,7 @@ class StepViews:
 
     def prepare(self, batch):
         images = batch.pop("images")  # (B, H, W, 3)
-        return {"images": images, **(ssl.by_view(batch) if self.multi_crop else {})}
-
-
-def build_ssl(tcae, dist):
-    """What self-supervision takes beside the tokenizer: the heads, the teacher, the loss, and what makes the views."""
-    method, on = ssl.METHODS[ssl_method], dist.device
-    heads = torch.nn.ModuleList(IBOTHead(tcae.encoder.width, head_hidden, prototypes=prototypes)
-                                for _ in range(2 if method["untied"] else 1)).to(on)
-    teacher = torch.nn.ModuleDict({"encoder": copy.deepcopy(tcae.encoder), "heads": copy.deepcopy(heads)})
-    teacher.requires_grad_(False)
-    ibot = ssl.IBOTLoss(prototypes, on, sinkhorn=method["sinkhorn"], koleo_weight=method["koleo_weight"],
-                        sum_over_processes=dist.sum)
-    multi_crop = ssl.MultiCrop(global_crop_size, global_crop_scale, local_crop_size, local_crop_scale, local_crops,
-                               tcae.encoder.output_patch, method["masks"])
-    return heads, teacher, ibot, multi_crop
-
-
-def build_optimizer(model, on):
-    """AdamW with weight decay on matrices and convolutions alone."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    tokens = {id(model.tcae.encoder.cls_token), id(model.tcae.encoder.mask_token)}
-    decayed = [p for p in trained if p.ndim > 1 and id(p) not in tokens]
-    kept = [p for p in trained if p.ndim <= 1 or id(p) in tokens]
-    return torch.optim.AdamW([{"params": decayed}, {"params": kept, "weight_decay": 0.0}], lr=learning_rate,
-                             betas=betas, weight_decay=weight_decay, fused=on.type in ("cuda", "cpu"))
-
-
-class Adversary:
-    """The adversarial part of decoder finetuning: the discriminator, its optimizer, and the decoder's loss against it.
-
-    Called with an epoch before discriminator_start it does nothing, until adversarial_start the discriminator learns
-    alone, and from then on its loss counts for the decoder.
-    """
-
-    def __init__(self, last_layer, dist):
-        torch.manual_seed(seed)  # random weights must be the same ones after a restart
-        try:
-            dino = DINO(discriminator_size, input_size=discriminator_input)
-        except ValueError as error:  # sizes that do not fit; it names the constant
-            runtime.fail(error)
-        if discriminator_weights == "dino":
-            try:
-                path = runtime.download_weights(*DINO_WEIGHTS, dist)
-            except runtime.MissingWeights as error:
-                runtime.fail(f"{error}, or do without: --adversarial_weight=0 (no discriminator), or "
-                             "--discriminator_weights=random (an untrained one, for experiments)")
-            try:
-                dino.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-            except Exception as error:
-                runtime.fail(f"discriminator_weights=dino: {path} is another file or damaged; remove it and start "
-                             f"again ({str(error).splitlines()[0]})", everywhere=False)
-        else:
-            dist.print("the discriminator stands on random weights, not on DINO's: an experiment")
-        self.network = Discriminator(dino).to(dist.device)
-        self.last_layer, self.dist = last_layer, dist
-        self.optimizer = torch.optim.AdamW(self.network.heads.parameters(), lr=learning_rate, betas=betas,
-                                           weight_decay=weight_decay)
-        self.trained = dist.distribute(self.network)
-
-    def state_dict(self):
-        return {"heads": self.network.heads.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state):
-        self.network.heads.load_state_dict(state["heads"])
-        self.optimizer.load_state_dict(state["optimizer"])
-
-    def __call__(self, rec, reconstruction, epoch):
-        """rec = L_rec, a scalar; reconstruction (B, 3, H, W); epoch, a float -> the decoder's loss, which takes the
-        place of L_rec, and terms for the log."""
-        return self.decoder_loss(rec, reconstruction) if epoch >= adversarial_start else (rec, {})
-
-    def decoder_loss(self, rec, reconstruction):
-        """L_rec + λ_q w L_adv with L_adv = -mean D(reconstruction) and the adaptive weight
-        w = ‖∇L_rec‖ / ‖∇L_adv‖ at the weights of the decoder's last layer -> that loss, {L_adv, w}.
-
-        The two gradients at the reconstruction serve twice, for the weight and for the rest of the way back: so LPIPS
-        and DINO are gone through backwards only once.
-        """
-        self.network.eval()  # spectral norm's power iteration goes on in the discriminator's own step
-        adversarial = -self.logits(self.network, reconstruction).mean()
-        of_rec, = torch.autograd.grad(rec, reconstruction)
-        of_adversarial, = torch.autograd.grad(adversarial, reconstruction)
-        norms = []
-        for gradient in of_rec, of_adversarial:
-            at_last, = torch.autograd.grad(reconstruction, self.last_layer, gradient, retain_graph=True)
-            norms.append(self.dist.sum(at_last).norm())
-        weight = (norms[0] / (norms[1] + 1e-6)).clamp(max=1e4)
-        gradient = of_rec + adversarial_weight * weight * of_adversarial
-        value = rec.detach() + adversarial_weight * weight * adversarial.detach()
-        through = (reconstruction * gradient).sum()  # its gradient is `gradient`, its value of no interest
-        return value + (through - through.detach()), {"adversarial": adversarial.detach(), "adaptive_weight": weight}
-
-    def logits(self, network, images):
-        with self.dist.autocast():
-            return network(augment_differentiably(images) if discriminator_augment else images)  # (B, 5 N)
-
-    def learn(self, images, reconstruction):
-        """The hinge loss of one micro-batch, backwards too -> {loss, accuracy} of the discriminator."""
-        self.network.train()
-        fake = data.to_float(data.to_uint8(reconstruction.detach()), images.device)  # as 8 bits, like what is real
-        real, fake = self.logits(self.trained, torch.cat([images, fake])).chunk(2)
-        loss = (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
-        (loss / accumulate).backward()
-        accuracy = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
-        return {"discriminator": loss.detach(), "discriminator_accuracy": accuracy}
-
-    def step(self, lr):
-        """One update with the gradients of learn()."""
-        self.optimizer.param_groups[0]["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-
-def losses(model, teacher, ibot, perceptual, adversary, views, share_done, dist):
-    """The forward pass of one micro-batch -> the loss to minimise, and {name: scalar} of its terms and of what is only
-    logged. share_done: how much of the training is done, 0 to 1."""
-    images = views["images"]
-    with dist.autocast():
-        reconstruction, student = model(images, views if ibot else None)
-        if ibot:
-            with torch.no_grad():  # the teacher sees the global crops unmasked
-                target = ssl_logits(teacher["encoder"], teacher["heads"], views["global_crops"], views["positions"])[:2]
-    terms = {"l1": F.l1_loss(reconstruction, images)}
-    rec = terms["l1"] / 2 if init_from else terms["l1"]  # RAE's finetuning takes L1 on [0, 1]
-    if perceptual:
-        terms["lpips"] = perceptual(reconstruction, images).mean()
-        rec = rec + lpips_weight * terms["lpips"]
-    if adversary:
-        rec, adversarial_terms = adversary(rec, reconstruction, share_done * epochs)
-        terms.update(adversarial_terms)
-    loss = alpha * rec  # Eq. 6, then Eq. 5
-    if ibot:
-        temperature = ssl.teacher_temperature(share_done * epochs, teacher_temp_warmup_epochs, *teacher_temp)
-        ssl_terms, entropies = ibot(student, target, views["weights"], temperature)
-        loss = loss + sum(ssl_terms.values())
-        terms.update(ssl_terms, **entropies)
-    return loss, {"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}}
+        return {"images": images, **(ssl.collate_crops(batch) if self.multi_crop else {})}
 
 
 @torch.no_grad()
@@ -315,16 +145,8 @@ def measure_latents(tcae, source, dist):
 
 
 def main():
-    defaults = {name: globals()[name] for name in TAKEN_OVER}
     constants = runtime.configure(globals())
     path, saved = runtime.open_run(out_dir, resume, "tokenizer")
-    given = saved or (runtime.load_checkpoint(init_from, "init_from", kind="tokenizer") if init_from else None)
-    if init_from:
-        for name in TAKEN_OVER:
-            check(constants[name] in (defaults[name], given["constants"][name]), f"{name}={constants[name]}: "
-                  f"init_from={init_from} was trained with {given['constants'][name]} and keeps it; leave it out")
-        for name in TAKEN_OVER + (() if data_dir else ("data_dir",)):
-            globals()[name] = constants[name] = given["constants"][name]
     if saved:
         runtime.check_resumable(saved["constants"], constants, FREE)
     dist = runtime.Distributed(device, saved["dtype"] if saved else dtype, seed)
@@ -334,6 +156,7 @@ def main():
     check_constants(dist)
     compiled = dist.compiles(compile)
 
+    # Images.
     train, val = (data.open_split(data_dir, split, image_size, shapes_images) for split in ("train", "val"))
     data.check_same_classes(train, val)
     check(batch_size <= len(train), f"batch_size={batch_size} is more than the {len(train)} training images")
@@ -343,44 +166,48 @@ def main():
     steps_per_epoch = len(train) // batch_size
     steps, warmup_steps = epochs * steps_per_epoch, round(warmup_epochs * steps_per_epoch)
     dist.print(f"{len(train)} training and {len(val)} validation images, {len(train.classes)} classes; "
-                    f"{steps} steps of {batch_size}")
+               f"{steps} steps of {batch_size}")
 
-    on = dist.device
+    # The tokenizer, and LPIPS to judge its reconstructions.
     try:
-        tcae = TCAE.from_constants(constants).to(on)
+        tcae = TCAE.from_constants(constants).to(dist.device)
     except ValueError as error:  # sizes that do not fit; it names the constant
         runtime.fail(error)
-    heads, teacher, ibot, multi_crop = build_ssl(tcae, dist) if ssl_method != "none" else (None,) * 4
-    final = tcae  # the tokenizer that is validated and handed on: with the averaged decoder, if there is one
-    if init_from:
-        tcae.load_state_dict(given["tokenizer"])
-        tcae.requires_grad_(False).decoder.requires_grad_(True)
-        final = copy.deepcopy(tcae).requires_grad_(False) if decoder_ema else tcae
-    adversary = Adversary(tcae.decoder.head.weight, dist) if adversarial_weight else None
-    try:
-        perceptual = runtime.load_lpips("vgg", dist) if lpips_weight else None
-    except runtime.MissingWeights as error:
-        runtime.fail(f"{error}, or do without the perceptual loss: --lpips_weight=0")
-    if perceptual:
-        runtime.lpips_in_autocast(perceptual, dist)
+    perceptual = runtime.training_lpips(dist) if lpips_weight else None
+
+    # Self-supervision: the student is the tokenizer's own encoder with a head; the teacher starts as a copy of both.
+    heads = multi_crop = None
+    if ssl_method != "none":
+        method = ssl.METHODS[ssl_method]
+        cls_head = IBOTHead(tcae.encoder.width, head_hidden, prototypes=prototypes)
+        patch_head = IBOTHead(tcae.encoder.width, head_hidden, prototypes=prototypes) if method["untied"] else cls_head
+        heads = torch.nn.ModuleDict({"cls": cls_head, "patch": patch_head}).to(dist.device)
+        student = torch.nn.ModuleDict({"encoder": tcae.encoder, "heads": heads})
+        teacher = copy.deepcopy(student).requires_grad_(False)
+        ibot = ssl.IBOTLoss(prototypes, dist.device, sinkhorn=method["sinkhorn"], sum_over_processes=dist.sum)
+        multi_crop = ssl.MultiCrop(global_crop_size, global_crop_scale, local_crop_size, local_crop_scale, local_crops,
+                                   tcae.encoder.output_patch, method["masks"])
     model = JointTokenizer(tcae, heads, multi_crop and multi_crop.masks)
-    optimizer = build_optimizer(model, on)
+    not_decayed = {id(p) for p in model.parameters() if p.ndim <= 1}
+    not_decayed |= {id(tcae.encoder.cls_token), id(tcae.encoder.mask_token)}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW([{"params": [p for p in trained if id(p) not in not_decayed]},
+                                   {"params": [p for p in trained if id(p) in not_decayed], "weight_decay": 0.0}],
+                                  lr=learning_rate, betas=betas, weight_decay=weight_decay,
+                                  fused=dist.device.type in ("cuda", "cpu"))
     dist.print(f"parameters: encoder {count_parameters(tcae.encoder, tcae.bottleneck):.1f} M, "
-                    f"decoder {count_parameters(tcae.decoder):.1f} M"
-                    + (f", head {count_parameters(heads):.1f} M" if heads else ""))
+               f"decoder {count_parameters(tcae.decoder):.1f} M"
+               + (f", head {count_parameters(heads):.1f} M" if heads else ""))
 
     start = 0
     if saved:
         start = saved["step"]
-        final.load_state_dict(saved["tokenizer"])
-        tcae.decoder.load_state_dict(saved["decoder"])
+        tcae.load_state_dict(saved["tokenizer"])
         optimizer.load_state_dict(saved["optimizer"])
-        if ibot:
+        if heads:
             heads.load_state_dict(saved["heads"])
             teacher.load_state_dict(saved["teacher"])
-            ibot.centers = {name: center.to(on) for name, center in saved["centers"].items()}
-        if adversary:
-            adversary.load_state_dict(saved["adversary"])
+            ibot.centers = {name: center.to(dist.device) for name, center in saved["centers"].items()}
         dist.print(f"resumed from {path} at step {start}")
 
     def save(step, finished=False):
@@ -388,102 +215,113 @@ def main():
             runtime.save_checkpoint(path, {
                 "kind": "tokenizer", "constants": constants, "dtype": str(dist.dtype).removeprefix("torch."),
                 "revision": runtime.git_revision(), "step": step, "finished": finished, "images": len(train),
-                "tokenizer": final.state_dict(), "decoder": tcae.decoder.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                **({"adversary": adversary.state_dict()} if adversary else {}),
+                "tokenizer": tcae.state_dict(), "optimizer": optimizer.state_dict(),
                 **({"heads": heads.state_dict(), "teacher": teacher.state_dict(), "centers": ibot.centers}
-                   if ibot else {})})
+                   if heads else {})})
 
     if compiled:
-        compile_blocks(*filter(None, (model, teacher, adversary and adversary.network)))
-    student = [*tcae.encoder.parameters(), *heads.parameters()] if ibot else []
-    teachers = [*teacher["encoder"].parameters(), *teacher["heads"].parameters()] if ibot else []
-    model = dist.distribute(model)
-
+        compile_blocks(model, *([teacher] if heads else []))
+    wrapped = dist.distribute(model)
     runtime.make_folder(out_dir)
     picture = os.path.join(out_dir, "reconstructions.png")
-    loader = data.TrainLoader(train, StepViews(multi_crop), batch_size, start, steps, seed, dist, accumulate, workers)
+    loader = data.TrainLoader(train, Views(multi_crop), batch_size, start, steps, seed, dist, accumulate, workers)
     progress = runtime.Progress(out_dir, start, steps, batch_size, dist)
 
     done, stopping = start, False
     for step in range(start, steps):
-        # for the discriminator's augmentation, or a dropout you may add; images and views have their own, see data.py
+        # Images and crops have random numbers of their own (data.py); these are for a dropout that you may add.
         torch.manual_seed(hash((seed, step, dist.rank)) % 2**63)
         lr = runtime.cosine(step, steps, learning_rate, min_learning_rate, warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        step_terms, step_images = {}, []
+        temperature = ssl.teacher_temperature(step / steps_per_epoch, teacher_temp_warmup_epochs, *teacher_temp)
+
+        step_terms = {}
         for part in range(accumulate):
-            views = next(loader)
-            views = {name: data.to_float(x, on) if x.dtype == torch.uint8 else x.to(on, non_blocking=True)
-                     for name, x in views.items()}
-            if dist.count > 1:
-                model.require_backward_grad_sync = part == accumulate - 1
-            loss, terms = losses(model, teacher, ibot, perceptual, adversary, views, step / steps, dist)
+            views = {name: data.to_float(x, dist.device) if x.dtype == torch.uint8 else
+                     x.to(dist.device, non_blocking=True) for name, x in next(loader).items()}
+            images = views["images"]  # (B, 3, H, W)
+            if dist.count > 1:  # gradients are exchanged once a step
+                wrapped.require_backward_grad_sync = part == accumulate - 1
+
+            # Reconstruct one plain crop of each image, and show the student the masked and the local crops.
+            with dist.autocast():
+                reconstruction, from_student = wrapped(images, views if heads else None)
+
+            # Eq. 6: L_rec = L1 + λ_p LPIPS.
+            terms = {"l1": F.l1_loss(reconstruction, images)}
+            rec = terms["l1"]
+            if perceptual:
+                terms["lpips"] = perceptual(reconstruction, images).mean()
+                rec = rec + lpips_weight * terms["lpips"]
+            loss = alpha * rec
+
+            # Eq. 4: L_iBOT = L_[CLS] + L_MIM. The targets are what the teacher makes of the unmasked global crops. Only
+            # the encoder and the heads feel this loss; the bottleneck and the decoder do not.
+            if heads:
+                with torch.no_grad(), dist.autocast():
+                    target = ssl_output(teacher["encoder"], teacher["heads"], views["global_crops"],
+                                        views["masked_index"])
+                terms["cls"], entropies = ibot.cls_loss(from_student.cls_logits, target.cls_logits, temperature)
+                terms["mim"] = ibot.mim_loss(from_student.patch_logits, target.patch_logits, views["mask_weight"],
+                                             temperature)
+                ssl_loss = terms["cls"] + terms["mim"]
+                if method["koleo_weight"]:
+                    terms["koleo"] = method["koleo_weight"] * sum(ssl.koleo(crop) for crop in from_student.cls.chunk(2))
+                    ssl_loss = ssl_loss + terms["koleo"]
+                terms.update(entropies)  # only logged
+                loss = loss + ssl_loss  # Eq. 5: L = α L_rec + L_iBOT
+
             (loss / accumulate).backward()
-            step_terms = {name: step_terms.get(name, 0) + term / accumulate for name, term in terms.items()}
-            step_images += [views["images"]] if adversary else []
-        if ibot and step < freeze_prototypes_epochs * steps_per_epoch:
-            for head in heads:
+            for name, term in {"loss": loss, **terms}.items():
+                step_terms[name] = step_terms.get(name, 0) + term.detach() / accumulate
+
+        # The prototypes stay as they are at first, while the teacher's output is still meaningless.
+        if heads and step < freeze_prototypes_epochs * steps_per_epoch:
+            for head in heads.values():
                 head.prototypes.grad = None
-        step_terms["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf"))
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
-        if ibot:
+
+        # The teacher follows the student, ever more slowly; its centres follow its outputs.
+        if heads:
             ibot.update_centers()
             momentum = runtime.cosine(step, steps, teacher_momentum, 1.0)
-            runtime.update_ema(teachers, student, momentum)
-        if adversary and step >= discriminator_start * steps_per_epoch:  # as RAE does, on fresh reconstructions
-            for images in step_images:
-                with torch.no_grad(), dist.autocast():
-                    reconstruction = tcae(images)
-                for name, term in adversary.learn(images, reconstruction).items():
-                    step_terms[name] = step_terms.get(name, 0) + term / accumulate
-            # its rate has a schedule of its own, which begins with its training
-            adversary.step(runtime.cosine(step - math.ceil(discriminator_start * steps_per_epoch), steps, learning_rate,
-                                          min_learning_rate, warmup_steps))
-        if decoder_ema:
-            runtime.update_ema(list(final.decoder.parameters()), list(tcae.decoder.parameters()), decoder_ema)
-        progress.add(step_terms)
+            runtime.update_ema(list(teacher.parameters()), list(student.parameters()), momentum)
+        progress.add({**step_terms, "grad_norm": grad_norm})
 
+        # Log, save, validate. Only here the device is waited for.
         done, stopping = step + 1, dist.stop_requested()
         last = done == steps
-        evaluating = done % eval_every == 0 and not last
+        validating = done % eval_every == 0 and not last
         saving = done % save_every == 0 or stopping or last
-        if done % log_every == 0 or saving or evaluating:  # the only place that waits for the device
+        if done % log_every == 0 or saving or validating:
             progress.report(lr, loader.waited())
             loader.report_bad_files()
         if saving:
             save(done)
         if stopping:
             break
-        if evaluating:
+        if validating:
             try:
-                psnr = data.validate(final, val, image_size, val_images, dist, picture)
+                progress.validated(data.validate(tcae, val, image_size, val_images, dist, picture))
             except runtime.Stopped:
-                continue  # the next step saves and ends
-            progress.write(val_psnr=psnr)
-            if dist.first:
-                progress.bar.write(f"step {done}: validation PSNR {psnr:.2f} dB")
-            progress.start_clock()
+                pass  # SIGTERM in a validation: the next step saves and ends
     progress.bar.close()
 
+    # What the later stages need: latents of mean 0 and variance 1 in every channel.
     try:
-        if stopping:
-            raise runtime.Stopped
-        if not init_from:  # with init_from the latents are as they were
+        if not stopping:
             measure_latents(tcae, train, dist)
+            psnr = data.validate(tcae, val, image_size, val_images, dist, picture)
+            progress.write(val_psnr=psnr)
+            save(steps, finished=True)
+            dist.print(f"wrote {path} and {picture}: step {steps}, validation PSNR {psnr:.2f} dB")
     except runtime.Stopped:
+        stopping = True
+    if stopping:
         dist.print(f"SIGTERM: saved {path} at step {done}; --resume=True goes on from there")
-        return dist.close()
-    save(steps, finished=True)
-    try:
-        psnr = data.validate(final, val, image_size, val_images, dist, picture)
-    except runtime.Stopped:
-        dist.print(f"SIGTERM: wrote {path}, which is finished; its PSNR was not measured")
-        return dist.close()
-    progress.write(val_psnr=psnr)
-    dist.print(f"wrote {path} and {picture}: step {steps}, validation PSNR {psnr:.2f} dB")
     dist.close()
 
 

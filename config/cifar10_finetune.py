@@ -3,8 +3,6 @@ without downloads, two CPU cores, minutes."""
 init_from = "out/cifar10_tokenizer/checkpoint.pt"
 out_dir = "out/cifar10_finetuned"
 workers = 2
-ssl_method = "none"
-alpha = 1.0
 lpips_weight = 0.0
 adversarial_weight = 0.75
 discriminator_start = 0.1
@@ -19,8 +17,6 @@ batch_size = 64
 learning_rate = 1e-3
 min_learning_rate = 1e-4
 warmup_epochs = 0.05
-weight_decay = 0.0
-grad_clip = 0.0
 log_every = 20
 save_every = 500
 eval_every = 100

@@ -13,7 +13,7 @@ from skimage.metrics import peak_signal_noise_ratio
 import data
 import runtime
 import ssl
-from train_tokenizer import StepViews
+from train_tokenizer import Views
 
 
 def process(rank=0, count=1):
@@ -188,7 +188,7 @@ def test_training_asks_for_small_jpegs_and_evaluation_for_whole_ones(large_jpeg)
     """What a step's views need decides: with the paper's, a photograph as in ImageNet is decoded whole, one of a camera
     at a quarter. Without self-supervision the crop to reconstruct is all there is."""
     multi_crop = ssl.MultiCrop(224, (0.25, 1.0), 96, (0.05, 0.25), 10, 16)
-    views, alone = StepViews(multi_crop), StepViews(None)
+    views, alone = Views(multi_crop), Views(None)
     assert 375 < views.short_side == multi_crop.short_side < 3000 / 4 and views.image_size == alone.short_side == 256
     source = data.ImageFolder(large_jpeg)
 
@@ -361,7 +361,7 @@ def test_starting_in_the_middle_gives_the_tail_of_the_whole_run():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_resumed_loader_gives_the_same_tensors(workers):
     """Augmentation included, and without regard to the workers: (seed, epoch, image) decides everything random."""
-    views = StepViews(ssl.MultiCrop(16, (0.25, 1.0), 8, (0.05, 0.25), 2, 4))
+    views = Views(ssl.MultiCrop(16, (0.25, 1.0), 8, (0.05, 0.25), 2, 4))
     views.image_size = 16
     source = data.Shapes("train", 12, 16)
     whole = list(data.TrainLoader(source, views, 4, 0, 6, 0, process()))
@@ -374,7 +374,7 @@ def test_a_resumed_loader_gives_the_same_tensors(workers):
 
 def test_loading_warns_of_nothing(recwarn):
     """A warning per worker and epoch would push the bar off the screen; torch shows most of its own only once."""
-    views = StepViews(ssl.MultiCrop(16, (0.25, 1.0), 8, (0.05, 0.25), 2, 4))
+    views = Views(ssl.MultiCrop(16, (0.25, 1.0), 8, (0.05, 0.25), 2, 4))
     views.image_size = 24
     torch.set_warn_always(True)
     try:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block as TimmBlock
 
 import model
-from model import (DINO, TCAE, Attention, Block, DiTBlock, Encoder, IBOTHead, LightningDiT, compile_blocks,
+from finetune_decoder import DINO
+from model import (TCAE, Attention, Block, DiTBlock, Encoder, IBOTHead, LightningDiT, compile_blocks,
                    flow_matching_loss, patchify, position_embedding, regrid, to_map, to_tokens)
 
 SMALL = dict(image_size=32, patch_size=4, downsample=8, latent_channels=6, encoder="32/2/2", decoder="32/2/2",
@@ -38,8 +39,8 @@ def test_every_patch_size_and_stc_depth_gives_the_same_latent_shape(patch_size, 
         z = tcae.encode(images)
         assert z.shape == (1, 6, 8, 8)
         assert tcae.decode(z).shape == images.shape
-        assert len(tcae.encoder.stage1) == len(tcae.decoder.stage1) == stc_depth
-        assert len(tcae.encoder.stage2) == len(tcae.decoder.stage2) == 3 - stc_depth
+        assert len(tcae.encoder.fine_blocks) == len(tcae.decoder.fine_blocks) == stc_depth
+        assert len(tcae.encoder.coarse_blocks) == len(tcae.decoder.coarse_blocks) == 3 - stc_depth
 
 
 @pytest.mark.parametrize("patch_size, downsample, image_size, width", [(8, 4, 32, 32), (6, 2, 24, 36), (2, 10, 40, 32),
@@ -57,7 +58,7 @@ def test_grids_of_any_whole_ratio(patch_size, downsample, image_size, width):
 def test_a_deeper_decoder_keeps_the_encoder_s_share_of_fine_blocks():
     """S-L pairs 12 blocks with 24: with M = 6 the decoder spends half of its own on the fine grid."""
     tcae = build(encoder="32/2/2", decoder="32/4/2", stc_depth=1)
-    assert (len(tcae.decoder.stage2), len(tcae.decoder.stage1)) == (2, 2)
+    assert (len(tcae.decoder.coarse_blocks), len(tcae.decoder.fine_blocks)) == (2, 2)
 
 
 @pytest.mark.parametrize("stc_depth", [0, 1])
@@ -84,7 +85,7 @@ def test_sizes_are_those_of_vit():
             theirs = timm.create_model(f"vit_{name}_patch16_224", pretrained=False)
             for stc_depth in (0, 6):
                 encoder = Encoder(256, 8, size, stc_depth, "conv")
-                assert count(encoder.stage1, encoder.stage2) == count(theirs.blocks)
+                assert count(encoder.fine_blocks, encoder.coarse_blocks) == count(theirs.blocks)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -281,7 +282,7 @@ def test_mask_and_token_are_at_the_same_place():
     """Hiding output token n changes, before attention mixes, the tokens under n and no others: a transposed grid would
     pass every test of shapes."""
     encoder = Encoder(32, 4, "32/1/2", 1, "shuffle").requires_grad_(False)
-    encoder.stage1 = encoder.stage2 = torch.nn.Sequential()
+    encoder.fine_blocks = encoder.coarse_blocks = torch.nn.Sequential()
     images, mask = torch.rand(1, 3, 32, 32), torch.zeros(1, 4, 4, dtype=torch.bool)
     mask[0, 1, 3] = True
     _, hidden = encoder(images, mask)
@@ -294,19 +295,16 @@ def test_head_on_masked_tokens_alone_equals_the_head_on_all():
     encoder = build().encoder
     head, crops = IBOTHead(32, hidden=16, bottleneck=8, prototypes=11), torch.rand(3, 3, 32, 32)
     mask = torch.rand(3, 4, 4) < 0.4
-    positions = mask.flatten().nonzero()[:, 0]
-    cls, patches, raw = model.ssl_logits(encoder, [head], crops, positions, mask)
+    masked_index = mask.flatten().nonzero()[:, 0]
+    cls, patches, raw = model.ssl_output(encoder, {"cls": head, "patch": head}, crops, masked_index, mask)
     all_cls, all_tokens = encoder(crops, mask)
     torch.testing.assert_close(cls, head(all_cls))
     torch.testing.assert_close(patches, head(all_tokens)[mask.flatten(1)])
     assert torch.equal(raw, all_cls)
     other = IBOTHead(32, hidden=16, bottleneck=8, prototypes=11)  # DINOv2's: one for [CLS], one for tokens
-    cls, patches, _ = model.ssl_logits(encoder, [head, other], crops, positions, mask)
+    cls, patches, _ = model.ssl_output(encoder, {"cls": head, "patch": other}, crops, masked_index, mask)
     torch.testing.assert_close(cls, head(all_cls))
     torch.testing.assert_close(patches, other(all_tokens)[mask.flatten(1)])
-    cls, nothing, raw = model.ssl_logits(encoder, [head], crops)
-    torch.testing.assert_close(cls, head(raw))
-    assert nothing is None and torch.equal(raw, encoder(crops)[0])
 
 
 def test_prototypes_start_with_a_linear_layer_s_length():
@@ -331,11 +329,12 @@ def test_head_gives_cosines():
 def test_joint_forward_gives_each_view_its_own_pass():
     """One forward for one step: the tokenizer's reconstruction; global crops are masked, local ones not."""
     tcae, head = build(), IBOTHead(32, hidden=16, bottleneck=8, prototypes=11)
-    joint = model.JointTokenizer(tcae, torch.nn.ModuleList([head]))
+    joint = model.JointTokenizer(tcae, torch.nn.ModuleDict({"cls": head, "patch": head}))
     images, mask = torch.rand(2, 3, 32, 32), torch.rand(4, 3, 3) < 0.5
     views = {"global_crops": torch.rand(4, 3, 24, 24), "local_crops": torch.rand(6, 3, 16, 16), "mask": mask,
-             "positions": mask.flatten().nonzero()[:, 0]}
-    reconstruction, (global_cls, patches, local_cls, raw) = joint(images, views)
+             "masked_index": mask.flatten().nonzero()[:, 0]}
+    reconstruction, (cls_logits, patches, raw) = joint(images, views)
+    global_cls, local_cls = cls_logits.split([4, 6])
     torch.testing.assert_close(reconstruction, tcae(images))
     cls, tokens = tcae.encoder(views["global_crops"], mask)
     torch.testing.assert_close(raw, cls)

@@ -57,14 +57,20 @@ def make_case(images=3, tokens=9, seed=0, local=LOCAL):
 
 
 def as_arguments(case):
-    """The same, as by_view and the networks hand it to IBOTLoss: float32, sorted by view, masked tokens only."""
+    """The same, as collate_crops and the networks hand it to IBOTLoss: float32, crop by crop, masked tokens only."""
     side = math.isqrt(case.mask.shape[2])
-    views = ssl.by_view({"mask": case.mask.transpose(0, 1).unflatten(2, (side, side))})
-    where = views["positions"]
+    views = ssl.collate_crops({"mask": case.mask.transpose(0, 1).unflatten(2, (side, side))})
+    where = views["masked_index"]
     student_cls, teacher_cls, student_patch, teacher_patch = (
         x.float() for x in (case.student_cls, case.teacher_cls, case.student_patch, case.teacher_patch))
-    student = (student_cls[:2].flatten(0, 1), student_patch.flatten(0, 2)[where], student_cls[2:].flatten(0, 1))
-    return student, (teacher_cls.flatten(0, 1), teacher_patch.flatten(0, 2)[where]), views["weights"]
+    student = (student_cls.flatten(0, 1), student_patch.flatten(0, 2)[where])
+    return student, (teacher_cls.flatten(0, 1), teacher_patch.flatten(0, 2)[where]), views["mask_weight"]
+
+
+def both_terms(ibot, student, teacher, mask_weight, teacher_temp):
+    """-> {"cls": L_[CLS], "mim": L_MIM}, the entropies."""
+    cls, entropies = ibot.cls_loss(student[0], teacher[0], teacher_temp)
+    return {"cls": cls, "mim": ibot.mim_loss(student[1], teacher[1], mask_weight, teacher_temp)}, entropies
 
 
 def loss_with_centers(case):
@@ -77,7 +83,7 @@ def loss_with_centers(case):
 def test_loss_equals_the_loop_over_pairs_of_views(local):
     """[CLS] over all v != q, patches over v = q; a crop without mask counts as 0, not as absent."""
     case = make_case(local=local)
-    ours, _ = loss_with_centers(case)(*as_arguments(case), teacher_temp=0.05)
+    ours, _ = both_terms(loss_with_centers(case), *as_arguments(case), teacher_temp=0.05)
     cls, mim = reference_loss(**vars(case), teacher_temp=0.05)
     assert ours["cls"].item() == pytest.approx(cls.item(), rel=1e-5)
     assert ours["mim"].item() == pytest.approx(mim.item(), rel=1e-5)
@@ -89,7 +95,7 @@ def test_gradient_of_the_student_equals_that_of_the_loop():
     case.student_cls.requires_grad_()
     case.student_patch.requires_grad_()
     inputs = [case.student_cls, case.student_patch]
-    ours, _ = loss_with_centers(case)(*as_arguments(case), teacher_temp=0.04)
+    ours, _ = both_terms(loss_with_centers(case), *as_arguments(case), teacher_temp=0.04)
     gradients = torch.autograd.grad(ours["cls"] + ours["mim"], inputs)
     expected = torch.autograd.grad(sum(reference_loss(**vars(case), teacher_temp=0.04)), inputs)
     for got, want in zip(gradients, expected):
@@ -102,7 +108,7 @@ def test_loss_without_any_masked_token():
     case = make_case()
     case.mask[:] = False
     ibot = loss_with_centers(case)
-    ours, _ = ibot(*as_arguments(case), teacher_temp=0.04)
+    ours, _ = both_terms(ibot, *as_arguments(case), teacher_temp=0.04)
     assert ours["mim"].item() == 0 and math.isfinite(ours["cls"].item())
     before = ibot.centers["patch"].clone()
     ibot.update_centers()
@@ -115,8 +121,7 @@ def test_centers_follow_the_mean_of_all_micro_batches():
     cases = [make_case(images=2, seed=2), make_case(images=4, seed=3)]
     ibot = loss_with_centers(cases[0])
     for case in cases:
-        student, teacher, weights = as_arguments(case)
-        ibot(student, teacher, weights, 0.04)
+        both_terms(ibot, *as_arguments(case), 0.04)
         assert torch.equal(ibot.centers["cls"], cases[0].center_cls.float()), "the whole step sees the same centres"
     ibot.update_centers()
     all_cls = torch.cat([case.teacher_cls.flatten(0, 1) for case in cases])
@@ -126,7 +131,7 @@ def test_centers_follow_the_mean_of_all_micro_batches():
     for name in expected:
         torch.testing.assert_close(ibot.centers[name].double(), expected[name], rtol=0, atol=1e-6)
     first = ibot.centers["cls"].clone()
-    ibot(*as_arguments(cases[1]), 0.04)
+    both_terms(ibot, *as_arguments(cases[1]), 0.04)
     ibot.update_centers()  # the next step begins with empty sums
     second = 0.9 * first.double() + 0.1 * cases[1].teacher_cls.flatten(0, 1).mean(0)
     torch.testing.assert_close(ibot.centers["cls"].double(), second, rtol=0, atol=1e-6)
@@ -136,8 +141,8 @@ def test_centers_are_summed_over_processes():
     """What is summed over processes is a sum and a count, so that unequal ones average rightly."""
     case, other = make_case(images=2, seed=4), make_case(images=5, seed=5)
     ibot, elsewhere = loss_with_centers(case), loss_with_centers(other)
-    ibot(*as_arguments(case), 0.04)
-    elsewhere(*as_arguments(other), 0.04)
+    both_terms(ibot, *as_arguments(case), 0.04)
+    both_terms(elsewhere, *as_arguments(other), 0.04)
     sums = iter([elsewhere.batch_sums["cls"], elsewhere.batch_sums["patch"]])
     ibot.sum_over_processes = lambda total: total + next(sums)
     ibot.update_centers()
@@ -148,9 +153,9 @@ def test_centers_are_summed_over_processes():
 def test_logged_entropies_tell_collapse_from_uniform_output():
     """They are what a person looks at to see whether iBOT learns: 0 = one prototype for sure, log K = no preference."""
     def entropies(teacher_cls):
-        ibot, case = ssl.IBOTLoss(K, "cpu"), make_case(images=K)
-        student, (_, patches), weights = as_arguments(case)
-        return {k: v.item() for k, v in ibot(student, (teacher_cls, patches), weights, 0.04)[1].items()}
+        (student_cls, _), _, _ = as_arguments(make_case(images=K))
+        _, found = ssl.IBOTLoss(K, "cpu").cls_loss(student_cls, teacher_cls, 0.04)
+        return {name: value.item() for name, value in found.items()}
 
     sure_of_one = torch.zeros(2 * K, K)
     sure_of_one[:, 3] = 10
@@ -161,18 +166,18 @@ def test_logged_entropies_tell_collapse_from_uniform_output():
     assert entropies(sure_of_each) == pytest.approx({"teacher_entropy": 0, "batch_entropy": math.log(K)}, abs=1e-3)
 
 
-def test_by_view_sorts_by_view_and_finds_the_masked_tokens():
+def test_collate_crops_sorts_by_crop_and_finds_the_masked_tokens():
     """The loss pairs crop q of image b with row q B + b; a mix-up trains on the wrong image and still goes down."""
     images, grid = 3, 4
     mask = torch.zeros(images, 2, grid, grid, dtype=torch.bool)
     mask[0, 0, 1, 2] = mask[0, 0, 3, 3] = mask[2, 1, 0, 0] = True
     tag = torch.arange(images)[:, None] * 10
-    views = ssl.by_view({"global_crops": tag + torch.arange(2), "local_crops": tag + torch.arange(4), "mask": mask})
+    views = ssl.collate_crops({"global_crops": tag + torch.arange(2), "local_crops": tag + torch.arange(4), "mask": mask})
     assert views["global_crops"].tolist() == [0, 10, 20, 1, 11, 21]
     assert views["local_crops"].tolist() == [0, 10, 20, 1, 11, 21, 2, 12, 22, 3, 13, 23]
     row_of_second_crop_of_third_image = 1 * images + 2
-    assert views["positions"].tolist() == [1 * 4 + 2, 3 * 4 + 3, row_of_second_crop_of_third_image * 16]
-    torch.testing.assert_close(views["weights"], torch.tensor([1 / 12, 1 / 12, 1 / 6]))
+    assert views["masked_index"].tolist() == [1 * 4 + 2, 3 * 4 + 3, row_of_second_crop_of_third_image * 16]
+    torch.testing.assert_close(views["mask_weight"], torch.tensor([1 / 12, 1 / 12, 1 / 6]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -261,23 +266,20 @@ def test_dino_is_ibot_s_cls_term_alone():
     assert hidden["dino"] == 0 and hidden["ibot"] > 0 and hidden["dinov2"] > 0
     case = make_case()
     case.mask[:] = False
-    settings = ssl.METHODS["dino"]
-    dino = ssl.IBOTLoss(K, "cpu", sinkhorn=settings["sinkhorn"], koleo_weight=settings["koleo_weight"])
-    dino.centers = loss_with_centers(case).centers
-    terms, _ = dino(*as_arguments(case), teacher_temp=0.05)
+    assert not ssl.METHODS["dino"]["sinkhorn"] and not ssl.METHODS["dino"]["koleo_weight"]
+    terms, _ = both_terms(loss_with_centers(case), *as_arguments(case), teacher_temp=0.05)
     cls, _ = reference_loss(**vars(case), teacher_temp=0.05)
     assert sum(terms.values()).item() == pytest.approx(cls.item(), rel=1e-5)
 
 
-def test_dinov2_s_targets_come_from_sinkhorn_knopp_and_koleo_is_added():
-    """[CLS] of both crops together, masked tokens together, no centre; KoLeo per view, on the student's [CLS]."""
-    case, cls = make_case(), torch.randn(2 * 3, 5)
+def test_dinov2_s_targets_come_from_sinkhorn_knopp():
+    """[CLS] of both crops together, masked tokens together, no centre."""
+    case = make_case()
     case.teacher_cls, case.teacher_patch = case.teacher_cls.float(), case.teacher_patch.float()
-    settings = ssl.METHODS["dinov2"]
-    dinov2 = ssl.IBOTLoss(K, "cpu", sinkhorn=settings["sinkhorn"], koleo_weight=settings["koleo_weight"])
+    dinov2 = ssl.IBOTLoss(K, "cpu", sinkhorn=ssl.METHODS["dinov2"]["sinkhorn"])
     dinov2.centers["cls"] += 100.0  # it must not matter
     student, teacher, weights = as_arguments(case)
-    terms, entropies = dinov2((*student, cls), teacher, weights, teacher_temp=0.05)
+    terms, entropies = both_terms(dinov2, student, teacher, weights, teacher_temp=0.05)
     targets = [reference_sinkhorn(x, 0.05) for x in teacher]
     case.teacher_cls = targets[0].log().mul(0.05).unflatten(0, (2, 3))  # whose softmax they are
     order = case.mask.flatten().nonzero()[:, 0]
@@ -287,7 +289,6 @@ def test_dinov2_s_targets_come_from_sinkhorn_knopp_and_koleo_is_added():
     expected = reference_loss(**vars(case), teacher_temp=0.05)
     assert terms["cls"].item() == pytest.approx(expected[0].item(), rel=1e-4)
     assert terms["mim"].item() == pytest.approx(expected[1].item(), rel=1e-4)
-    assert terms["koleo"].item() == pytest.approx(0.1 * (ssl.koleo(cls[:3]) + ssl.koleo(cls[3:])).item(), rel=1e-5)
     assert entropies["batch_entropy"] > 0.95 * math.log(K), "every prototype gets as much"
 
 

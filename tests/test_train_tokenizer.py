@@ -15,11 +15,12 @@ import torch
 from PIL import Image
 
 import data
+import model
 import runtime
 import ssl
 import train_tokenizer
 from conftest import ROOT, clean_environment, fork_two, run_script
-from model import TCAE, IBOTHead, JointTokenizer
+from model import TCAE, JointTokenizer
 
 TINY = dict(data_dir="shapes", shapes_images=80, image_size=32, patch_size=4, downsample=8, latent_channels=6,
             encoder="32/2/2", decoder="32/2/2", stc_depth=1, lpips_weight=0, prototypes=64, head_hidden=32,
@@ -150,9 +151,9 @@ def test_the_teacher_follows_the_student(straight, tmp_path, here):
     prototypes are trained from the second epoch on, half of all steps."""
     here(shapes_images=8, learning_rate=0, min_learning_rate=0, out_dir=tmp_path)  # one step that changes nothing
     start, now = checkpoint(tmp_path), checkpoint(straight)
-    encoder, prototypes = "encoder.patch_embed.weight", "heads.0.prototypes"
+    encoder, prototypes = "encoder.patch_embed.weight", "heads.cls.prototypes"
     cases = [(start["tokenizer"][encoder], now["teacher"][encoder], now["tokenizer"][encoder]),
-             (start["heads"]["0.prototypes"], now["teacher"][prototypes], now["heads"]["0.prototypes"])]
+             (start["heads"]["cls.prototypes"], now["teacher"][prototypes], now["heads"]["cls.prototypes"])]
     for began, teacher, student in cases:
         way, all_the_way = (teacher - began).flatten(), (student - began).flatten()
         assert torch.cosine_similarity(way, all_the_way, dim=0) > 0.5
@@ -226,7 +227,7 @@ def test_other_methods_train_and_resume(method, heads, tmp_path, here):
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     for part in state["heads"], {name.removeprefix("heads."): x for name, x in state["teacher"].items()}:
-        assert sum(name.endswith(".prototypes") for name in part) == heads
+        assert torch.equal(part["cls.prototypes"], part["patch.prototypes"]) == (heads == 1)
     for line in log(tmp_path / "straight")[0]:
         terms = line["cls"] + line["mim"] + line.get("koleo", 0)
         assert line["loss"] == pytest.approx(0.1 * line["l1"] + terms, abs=1e-4)
@@ -307,53 +308,75 @@ def test_other_methods_in_two_processes(method, two_steps, tmp_path, here):
 # One step, looked at closely
 
 
-def test_every_trained_parameter_gets_a_gradient_and_the_teacher_none(here):
-    """DistributedDataParallel hangs or fails on parameters without gradient; a teacher with one is no teacher. The
-    teacher sees what the student must guess: its targets change with the hidden pixels, the student's logits do not."""
-    script = vars(train_tokenizer)
-    for ssl_method in "ibot", "none":
-        constants = runtime.configure(script, arguments(ssl_method=ssl_method))
-        torch.manual_seed(0)
-        tcae, with_ssl = TCAE.from_constants(constants), ssl_method == "ibot"
-        heads, others = (torch.nn.ModuleList([IBOTHead(32, 32, prototypes=64)]) for _ in range(2))
-        teacher = torch.nn.ModuleDict({"encoder": TCAE.from_constants(constants).encoder, "heads": others})
-        teacher.requires_grad_(False)
-        model = JointTokenizer(tcae, heads if with_ssl else None)
-        ibot = ssl.IBOTLoss(64, "cpu") if with_ssl else None
-        views = train_tokenizer.StepViews(ssl.MultiCrop(32, (0.25, 1), 16, (0.05, 0.25), 2, 8) if with_ssl else None)
-        process = runtime.Distributed("cpu", "float32")
-        loader = data.batches(data.Shapes("train", 8, 32), views, 8, 0, 1, 0, process)
-        batch, _ = next(iter(loader))
-        batch = {name: data.to_float(x, "cpu") if x.dtype == torch.uint8 else x for name, x in batch.items()}
-        loss, terms = train_tokenizer.losses(model, teacher, ibot, None, None, batch, 0.0, process)
-        loss.backward()
-        assert loss.item() == pytest.approx(terms["loss"].item())
-        assert ("cls" in terms) == with_ssl
-        for name, p in model.named_parameters():
+@pytest.mark.parametrize("ssl_method", ["ibot", "none"])
+def test_every_trained_parameter_gets_a_gradient_and_the_teacher_none(here, tmp_path, monkeypatch, ssl_method):
+    """DistributedDataParallel hangs or fails on parameters without gradient; a teacher with one is no teacher."""
+    step, joint, seen = torch.optim.AdamW.step, JointTokenizer.__init__, SimpleNamespace()
+
+    def note_model(model, *arguments):
+        joint(model, *arguments)
+        seen.model = model
+
+    def check_gradients(optimizer):
+        for name, p in seen.model.named_parameters():
             assert (p.grad is not None) == p.requires_grad, name
-        assert tcae.encoder.mask_token.requires_grad == with_ssl
-        if with_ssl:
-            assert all(p.grad is None for p in teacher.parameters())
-            assert tcae.encoder.mask_token.grad.abs().sum() > 0
-            hidden = batch["mask"].repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
-            other = {**batch, "global_crops": torch.where(hidden, -batch["global_crops"], batch["global_crops"])}
-            with torch.no_grad():
-                assert torch.equal(model(batch["images"], batch)[1][1], model(batch["images"], other)[1][1])
-                changed = train_tokenizer.losses(model, teacher, ibot, None, None, other, 0.0, process)[1]
-            assert changed["mim"] != terms["mim"]
+        encoder = seen.model.tcae.encoder
+        assert encoder.mask_token.requires_grad == (ssl_method == "ibot")
+        assert ssl_method == "none" or encoder.mask_token.grad.abs().sum() > 0
+        return step(optimizer)
+
+    monkeypatch.setattr(JointTokenizer, "__init__", note_model)
+    monkeypatch.setattr(torch.optim.AdamW, "step", check_gradients)
+    here(ssl_method=ssl_method, shapes_images=16, out_dir=tmp_path)
+    assert ("cls" in log(tmp_path)[0][0]) == (ssl_method == "ibot")
 
 
-def test_weight_decay_is_on_matrices_alone(here):
+def test_the_teacher_sees_what_the_student_must_guess(here, tmp_path, monkeypatch):
+    """With other pixels where the student's tokens are masked its logits stay, and the teacher's targets change."""
+    output, calls = train_tokenizer.ssl_output, []
+
+    def call_twice(encoder, heads, crops, masked_index, mask=None):
+        hidden = call_twice.mask.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
+        result = output(encoder, heads, crops, masked_index, mask)
+        calls.append((mask, result, output(encoder, heads, torch.where(hidden, -crops, crops), masked_index, mask)))
+        return result
+
+    forward = JointTokenizer.forward
+
+    def note_mask(model, images, views):
+        call_twice.mask = views["mask"]
+        return forward(model, images, views)
+
+    monkeypatch.setattr(JointTokenizer, "forward", note_mask)
+    monkeypatch.setattr(train_tokenizer, "ssl_output", call_twice)  # the teacher's call
+    monkeypatch.setattr(model, "ssl_output", call_twice)  # the student's
+    here(shapes_images=8, out_dir=tmp_path)
+    (student_mask, student, student_changed), (teacher_mask, teacher, teacher_changed) = calls
+    assert student_mask is not None and teacher_mask is None and len(student.patch_logits) > 0
+    assert torch.equal(student.patch_logits, student_changed.patch_logits)
+    assert torch.equal(student.cls, student_changed.cls) and not student.cls.requires_grad == teacher.cls.requires_grad
+    assert not torch.isclose(teacher.patch_logits, teacher_changed.patch_logits, atol=1e-6).all(1).any()
+
+
+def test_weight_decay_is_on_matrices_alone(here, tmp_path, monkeypatch):
     """Biases, norms and the learned tokens keep their size; everything that is trained is in one group."""
-    runtime.configure(vars(train_tokenizer), arguments(weight_decay=0.04))
-    model = JointTokenizer(TCAE.from_constants(vars(train_tokenizer)),
-                           torch.nn.ModuleList([IBOTHead(32, 32, prototypes=64)]))
-    optimizer = train_tokenizer.build_optimizer(model, torch.device("cpu"))
-    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-    for name, p in model.named_parameters():
-        plain = p.ndim == 1 or name.endswith(("cls_token", "mask_token"))
-        assert decay.pop(id(p)) == (0.0 if plain else 0.04), name
-    assert not decay
+    step, joint, seen = torch.optim.AdamW.step, JointTokenizer.__init__, SimpleNamespace()
+
+    def note_model(model, *arguments):
+        joint(model, *arguments)
+        seen.model = model
+
+    def check_groups(optimizer):
+        decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+        for name, p in seen.model.named_parameters():
+            plain = p.ndim == 1 or name.endswith(("cls_token", "mask_token"))
+            assert decay.pop(id(p)) == (0.0 if plain else 0.04), name
+        assert not decay
+        return step(optimizer)
+
+    monkeypatch.setattr(JointTokenizer, "__init__", note_model)
+    monkeypatch.setattr(torch.optim.AdamW, "step", check_groups)
+    here(shapes_images=8, out_dir=tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -371,29 +394,12 @@ def test_without_self_supervision_it_trains_on_a_folder_of_images(tmp_path, here
                 image.convert("L" if i % 4 == 3 else "RGB").save(path)
     out_dir = tmp_path / "out"
     here(data_dir=tmp_path, ssl_method="none", stc_depth=0, compression="shuffle", epochs=5, stats_images=24,
-         out_dir=out_dir, pca_baseline=True, eval_every=5)
+         out_dir=out_dir, eval_every=5)
     steps, validations = log(out_dir)
     assert "cls" not in steps[0] and "grad_norm" in steps[0] and len(steps) == 15
     assert all(line["loss"] == pytest.approx(0.1 * line["l1"], abs=1e-5) for line in steps)
     assert [line["step"] for line in validations] == [5, 10, 15]
     assert "heads" not in checkpoint(out_dir)
-
-
-@pytest.mark.parametrize("values", [20, 300])
-def test_pca_is_numpy_s(values, monkeypatch):
-    """The baseline's PSNR, by a singular value decomposition in float64; with more values than pixels it has no error.
-    """
-    for name, value in dict(image_size=8, workers=0, stats_images=0, val_images=0).items():
-        monkeypatch.setattr(train_tokenizer, name, value)
-    train, val = data.Shapes("train", 300, 8), data.Shapes("val", 40, 8)
-    x, y = (np.stack([np.asarray(source.load(i)) for i in range(len(source))]).reshape(-1, 192) / 255.0
-            for source in (train, val))
-    basis = np.linalg.svd(x - x.mean(0), full_matrices=False)[2][:values]
-    z = ((y - x.mean(0)) @ basis.T @ basis + x.mean(0)).clip(0, 1)
-    mse = np.square((z * 255).round() - y * 255).mean(1).clip(1e-10)
-    alone = SimpleNamespace(rank=0, count=1, sum=lambda tensor: tensor)
-    assert train_tokenizer.pca_psnr(train, val, values, alone) == pytest.approx(
-        (10 * np.log10(255**2 / mse)).mean(), abs=0.02)
 
 
 def test_without_local_crops_it_trains(tmp_path, here):
@@ -410,7 +416,7 @@ def test_validation_does_not_depend_on_the_log_s_rhythm(tmp_path, here):
 
 def test_a_validation_batch_without_any_good_image(tmp_path, here, monkeypatch):
     """The last batch may be one broken file: it counts for nothing, and the run goes on."""
-    monkeypatch.setattr(train_tokenizer, "eval_batch", lambda: 4)
+    monkeypatch.setattr(data, "eval_batch", lambda _: 4)
     monkeypatch.setattr(data, "BAD_SHARE", 0.5)
     for split, count in ("train", 8), ("val", 5):
         (tmp_path / split / "class").mkdir(parents=True)
@@ -424,11 +430,11 @@ def test_a_validation_batch_without_any_good_image(tmp_path, here, monkeypatch):
 def test_every_step_follows_its_schedules(here, tmp_path, monkeypatch):
     """The rate rises and falls along a cosine, the teacher's momentum rises along one to 1, its temperature along a
     line; and the gradient that reaches the optimizer is no longer than grad_clip."""
-    step, average, loss, seen = torch.optim.AdamW.step, runtime.update_ema, ssl.IBOTLoss.__call__, []
+    step, average, loss, seen = torch.optim.AdamW.step, runtime.update_ema, ssl.IBOTLoss.cls_loss, []
 
-    def call_loss(self, student, teacher, weights, teacher_temp):
+    def call_loss(self, student, teacher, teacher_temp):
         seen.append({"temperature": teacher_temp})
-        return loss(self, student, teacher, weights, teacher_temp)
+        return loss(self, student, teacher, teacher_temp)
 
     def make_step(optimizer):
         trained = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -440,9 +446,9 @@ def test_every_step_follows_its_schedules(here, tmp_path, monkeypatch):
         seen[-1]["momentum"] = momentum
         average(averaged, trained, momentum)
 
-    monkeypatch.setattr(ssl.IBOTLoss, "__call__", call_loss)
+    monkeypatch.setattr(ssl.IBOTLoss, "cls_loss", call_loss)
     monkeypatch.setattr(torch.optim.AdamW, "step", make_step)
-    monkeypatch.setattr(runtime, "update_average", update_ema)
+    monkeypatch.setattr(runtime, "update_ema", update_ema)
     here(grad_clip=0.01, teacher_temp_warmup_epochs=0.5, learning_rate=1e-3, min_learning_rate=1e-6, teacher_momentum=0.9,
          out_dir=tmp_path)
     falls = [(1 + np.cos(np.pi * k / 8)) / 2 for k in range(8)]  # after the two steps of warm-up
@@ -456,7 +462,7 @@ def test_every_step_follows_its_schedules(here, tmp_path, monkeypatch):
 def test_the_defaults_are_the_paper_s():
     """Table 7, left, and Sec. 4.1; iBOT's crops, head and teacher."""
     table = dict(epochs=50, batch_size=512, betas=(0.9, 0.95), weight_decay=0.04, learning_rate=1e-3,
-                 min_learning_rate=1e-6, warmup_epochs=5, lpips_weight=1, adversarial_weight=0, alpha=0.1,
+                 min_learning_rate=1e-6, warmup_epochs=5, lpips_weight=1, alpha=0.1,
                  ssl_method="ibot", image_size=256, patch_size=8, downsample=32, latent_channels=128, stc_depth=6,
                  compression="conv", encoder="S", decoder="S", global_crop_size=224, global_crop_scale=(0.25, 1),
                  local_crops=10, local_crop_size=96, local_crop_scale=(0.05, 0.25), prototypes=8192,

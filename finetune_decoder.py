@@ -1,0 +1,389 @@
+"""Stage 1b: the decoder, finetuned against a discriminator on DINO's features (Table 7, right; the recipe is RAE's).
+
+    torchrun --nproc_per_node=8 finetune_decoder.py --init_from=out/tokenizer/checkpoint.pt
+    python finetune_decoder.py config/cifar10_finetune.py                     # an experiment for two CPU cores
+
+L_rec = L1 + λ_p LPIPS + λ_q w L_adv (Eq. 6). Encoder and bottleneck are frozen, so the latents, and a generator on them,
+stay what they are. In three phases: reconstruction alone; from discriminator_start on the discriminator is trained
+beside it; from adversarial_start on its loss counts for the decoder. Writes a tokenizer's checkpoint like stage 1's, with
+the averaged decoder, log.jsonl and reconstructions.png.
+"""
+import copy
+import math
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+import data
+import runtime
+from model import TCAE, Block, compile_blocks, init_weights, parse_size, to_tokens
+from runtime import check
+
+# Data
+init_from = "out/tokenizer/checkpoint.pt"  # of joint training: its sizes hold here too
+data_dir = ""  # as in stage 1; "" = the checkpoint's own
+workers = 8  # loading processes per training process; 0 = load in the training process
+
+# Objective
+lpips_weight = 1.0  # λ_p; 0 = no perceptual loss, and no VGG weights needed
+adversarial_weight = 0.75  # λ_q; 0 = no discriminator
+discriminator_start = 6.0  # epoch from which the discriminator is trained
+adversarial_start = 8.0  # epoch from which its loss counts for the decoder
+discriminator_weights = "dino"  # of the frozen ViT-S/8 under its heads; "random", for tests and experiments
+discriminator_size = "S"  # of that ViT; other sizes only with random weights
+discriminator_input = 224  # DINO's input resolution, pixels
+discriminator_augment = True  # DiffAugment: random shifts and colours of all that it sees
+
+# Optimisation (Table 7, right)
+epochs = 16  # passes over the data set
+batch_size = 256  # images per step, over all processes
+learning_rate = 2e-4  # at the end of the warm-up
+min_learning_rate = 2e-5  # at the end
+warmup_epochs = 1.0  # over which the rate rises from 0
+betas = (0.9, 0.95)  # AdamW, for the decoder and for the discriminator's heads
+weight_decay = 0.0  # of all weights
+grad_clip = 0.0  # largest norm of the decoder's gradient; 0 = no clipping (RAE)
+decoder_ema = 0.9978  # momentum of the averaged decoder, which is the one that is kept (RAE); 0 = the last weights
+
+# The run
+out_dir = "out/finetuned"
+resume = False  # True: go on from out_dir/checkpoint.pt if there is one
+seed = 0  # of everything random
+device = "auto"  # cuda, mps or cpu
+dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
+compile = "auto"  # torch.compile the blocks: True (a CPU needs a C++ compiler for it), False; auto = on CUDA
+log_every = 50  # steps
+save_every = 1000  # steps between checkpoints
+eval_every = 1000  # steps between validations, each with a picture
+val_images = 1000  # how many images a validation takes; 0 = all
+
+DINO_WEIGHTS = ("https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
+                "")  # no checksum is published; that every name and shape fits is checked
+
+FREE = {"init_from", "out_dir", "resume", "device", "workers", "compile", "accumulate", "log_every", "save_every",
+        "eval_every", "val_images", "data_dir"}  # constants that a resumed run may change
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The discriminator: trainable heads on a frozen DINO
+
+
+class DINO(nn.Module):
+    """The frozen ViT of DINO, with the parameter names of Meta's checkpoint: images (B, 3, H, W) in [-1, 1] -> five
+    times its patch tokens' features (B, D, N): of the last block, then after a quarter, half, three quarters and all
+    of the depth.
+
+    (RAE sets the bias of the keys to 0. It adds the same to all of a query's products, so softmax does not see it.)
+    """
+
+    def __init__(self, size="S", patch_size=8, input_size=224):
+        super().__init__()
+        width, depth, heads = parse_size("discriminator_size", size)
+        self.input_size, self.width = input_size, width
+        self.taps = [round(depth * k / 4) - 1 for k in (1, 2, 3, 4)]  # of 12 blocks: 2, 5, 8 and 11
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch_size, stride=patch_size)})
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + (input_size // patch_size) ** 2, width))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)  # not used here, but the checkpoint has it
+        self.apply(init_weights)
+        self.requires_grad_(False)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
+
+    def forward(self, images):
+        images = F.interpolate(images, (self.input_size, self.input_size), mode="bilinear")
+        x = (images / 2 + 0.5 - self.mean) / self.std
+        x = to_tokens(self.patch_embed["proj"](x))  # (B, N, D)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        features = []
+        for k, block in enumerate(self.blocks):
+            x = block(x)
+            features += [x[:, 1:].transpose(1, 2)] * self.taps.count(k)  # (B, D, N)
+        return [features[-1], *features]
+
+
+class ImageNorm(nn.InstanceNorm1d):
+    """Instance norm: each channel of (B, D, N) is normalised over the tokens of its own image, in float32. (RAE calls
+    it batch norm, but its groups are single images.)"""
+
+    def __init__(self, width):
+        super().__init__(width, eps=1e-6, affine=True)
+
+    def forward(self, x):
+        return super().forward(x.float())
+
+
+class DiscriminatorHead(nn.Module):
+    """Features (B, D, N) -> logits (B, N): three spectrally normalised 1-D convolutions along the tokens, of kernel 1,
+    9 and 1. The middle one is a residual branch, and the sum is divided by √2."""
+
+    def __init__(self, width):
+        super().__init__()
+
+        def conv(outputs, kernel):
+            return spectral_norm(nn.Conv1d(width, outputs, kernel, padding=kernel // 2, padding_mode="circular"))
+
+        def block(kernel):
+            return nn.Sequential(conv(width, kernel), ImageNorm(width), nn.LeakyReLU(0.2))
+
+        self.block1, self.block9, self.out = block(1), block(9), conv(1, 1)
+
+    def forward(self, features):
+        x = self.block1(features)
+        x = (x + self.block9(x)) / 2**0.5
+        return self.out(x)[:, 0]
+
+
+class Discriminator(nn.Module):
+    """Images (B, 3, H, W) in [-1, 1] -> logits (B, 5 N), high for what looks real. Only the five heads are trained."""
+
+    def __init__(self, dino):
+        super().__init__()
+        self.dino = dino
+        self.heads = nn.ModuleList(DiscriminatorHead(dino.width) for _ in range(5))
+
+    def forward(self, images):
+        return torch.cat([head(x) for head, x in zip(self.heads, self.dino(images))], dim=1).float()
+
+
+def augment_differentiably(images):
+    """A random shift by up to an eighth of the side, then random brightness, saturation and contrast, per image,
+    (B, 3, H, W): of real and generated images alike, so that the discriminator can't learn the training images by heart
+    (DiffAugment, in RAE's order: what the shift uncovers is grey before the colours change)."""
+    B, _, height, width = images.shape
+    down, right = ((torch.rand(2, B, 1, 1, device=images.device) * 2 - 1) / 8)  # as shares of the sides
+    rows = torch.arange(height, device=images.device)[:, None] - (down * height).round().long()  # (B, H, 1)
+    columns = torch.arange(width, device=images.device) - (right * width).round().long()  # (B, 1, W)
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)  # (B, H, W)
+    source = rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)
+    x = images.flatten(2).gather(2, source.flatten(1)[:, None].expand(-1, 3, -1)).view_as(images) * inside[:, None]
+    brightness, saturation, contrast = torch.rand(3, B, 1, 1, 1, device=images.device)
+    x = x + brightness - 0.5
+    mean = x.mean(1, keepdim=True)
+    x = mean + (x - mean) * 2 * saturation
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return mean + (x - mean) * (contrast + 0.5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def check_constants(dist):
+    """What configure() can't know. Each message names the constant and says what to do."""
+    for name in "epochs", "batch_size", "log_every", "save_every", "eval_every":
+        check(globals()[name] > 0, f"{name}={globals()[name]} must be at least 1")
+    check(batch_size % dist.count == 0, f"batch_size={batch_size} must be a multiple of {dist.count} (processes)")
+    check(warmup_epochs <= epochs, f"warmup_epochs={warmup_epochs} is more than epochs={epochs}")
+    check(len(betas) == 2 and max(betas) < 1, f"betas={betas} must be two numbers, each at least 0 and below 1")
+    check(decoder_ema < 1, f"decoder_ema={decoder_ema} must be below 1")
+    check(discriminator_start <= adversarial_start,
+          f"discriminator_start={discriminator_start} must not be later than adversarial_start={adversarial_start}")
+    check(not adversarial_weight or adversarial_start < epochs,
+          f"adversarial_start={adversarial_start} must be earlier than epochs={epochs}, or its loss never counts")
+    check(discriminator_weights in ("dino", "random"),
+          f"discriminator_weights={discriminator_weights!r}: it is 'dino' or 'random'")
+    check(discriminator_weights == "random" or (discriminator_size, discriminator_input) == ("S", 224),
+          f"discriminator_size={discriminator_size!r}, discriminator_input={discriminator_input}: DINO's weights are "
+          "for S and 224; --discriminator_weights=random for others")
+    check(discriminator_input % 8 == 0 and discriminator_input >= 16,
+          f"discriminator_input={discriminator_input} must be a multiple of 8, at least 16: its heads look at four tokens "
+          "to both sides")
+
+
+def load_dino(dino, dist):
+    """The published weights into `dino`, or none, as discriminator_weights says."""
+    if discriminator_weights == "random":
+        return dist.print("the discriminator stands on random weights, not on DINO's: an experiment")
+    try:
+        path = runtime.download_weights(*DINO_WEIGHTS, dist)
+    except runtime.MissingWeights as error:
+        runtime.fail(f"{error}, or do without: --adversarial_weight=0 (no discriminator), or "
+                     "--discriminator_weights=random (an untrained one, for experiments)")
+    try:
+        dino.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:
+        runtime.fail(f"discriminator_weights=dino: {path} is another file or damaged; remove it and start again "
+                     f"({str(error).splitlines()[0]})", everywhere=False)
+
+
+def main():
+    constants = runtime.configure(globals())
+    path, saved = runtime.open_run(out_dir, resume, "tokenizer")
+    if saved:
+        runtime.check_resumable(saved["constants"], constants, FREE)
+    dist = runtime.Distributed(device, saved["dtype"] if saved else dtype, seed)
+    if saved and saved["finished"]:
+        dist.print(f"{path} is finished: step {saved['step']}")
+        return dist.close()
+    check_constants(dist)
+    compiled = dist.compiles(compile)
+
+    # Images: those of joint training, unless data_dir says otherwise.
+    given = saved or runtime.load_checkpoint(init_from, "init_from", kind="tokenizer")
+    constants = {**given["constants"], **constants, "data_dir": data_dir or given["constants"]["data_dir"]}
+    image_size = constants["image_size"]
+    train, val = (data.open_split(constants["data_dir"], split, image_size, constants["shapes_images"])
+                  for split in ("train", "val"))
+    check(batch_size <= len(train), f"batch_size={batch_size} is more than the {len(train)} training images")
+    check(not saved or saved["images"] == len(train),
+          f"data_dir={constants['data_dir']} has {len(train)} training images; the run in {out_dir} began with "
+          f"{saved and saved['images']}")
+    steps_per_epoch = len(train) // batch_size
+    steps, warmup_steps = epochs * steps_per_epoch, round(warmup_epochs * steps_per_epoch)
+    dist.print(f"{len(train)} training and {len(val)} validation images; {steps} steps of {batch_size}")
+
+    # The tokenizer, of which only the decoder is trained further; its average, which is validated and kept; the
+    # discriminator; LPIPS.
+    tcae = TCAE.from_checkpoint(given).to(dist.device)
+    averaged = copy.deepcopy(tcae)
+    decoder = tcae.decoder.requires_grad_(True)
+    optimizer = torch.optim.AdamW(decoder.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay,
+                                  fused=dist.device.type in ("cuda", "cpu"))
+    perceptual = runtime.training_lpips(dist) if lpips_weight else None
+    discriminator = None
+    if adversarial_weight:
+        torch.manual_seed(seed)  # random weights must be the same ones after a restart
+        dino = DINO(discriminator_size, input_size=discriminator_input)
+        load_dino(dino, dist)
+        discriminator = Discriminator(dino).to(dist.device)
+        discriminator_optimizer = torch.optim.AdamW(discriminator.heads.parameters(), lr=learning_rate, betas=betas,
+                                                    weight_decay=weight_decay)
+        augment = augment_differentiably if discriminator_augment else nn.Identity()
+
+    start = 0
+    if saved:
+        start = saved["step"]
+        decoder.load_state_dict(saved["decoder"])
+        optimizer.load_state_dict(saved["optimizer"])
+        if discriminator:
+            discriminator.heads.load_state_dict(saved["discriminator"])
+            discriminator_optimizer.load_state_dict(saved["discriminator_optimizer"])
+        dist.print(f"resumed from {path} at step {start}")
+
+    def save(step, finished=False):
+        if dist.first:
+            runtime.save_checkpoint(path, {
+                "kind": "tokenizer", "constants": constants, "dtype": str(dist.dtype).removeprefix("torch."),
+                "revision": runtime.git_revision(), "step": step, "finished": finished, "images": len(train),
+                "tokenizer": averaged.state_dict(), "decoder": decoder.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                **({"discriminator": discriminator.heads.state_dict(),
+                    "discriminator_optimizer": discriminator_optimizer.state_dict()} if discriminator else {})})
+
+    if compiled:
+        compile_blocks(tcae, *([discriminator] if discriminator else []))
+    wrapped_decoder = dist.distribute(decoder)
+    wrapped_discriminator = dist.distribute(discriminator) if discriminator else None
+    runtime.make_folder(out_dir)
+    picture = os.path.join(out_dir, "reconstructions.png")
+    loader = data.TrainLoader(train, data.PlainCrop(image_size), batch_size, start, steps, seed, dist, workers=workers)
+    progress = runtime.Progress(out_dir, start, steps, batch_size, dist)
+
+    done, stopping = start, False
+    for step in range(start, steps):
+        torch.manual_seed(hash((seed, step, dist.rank)) % 2**63)  # for the augmentation
+        lr = runtime.cosine(step, steps, learning_rate, min_learning_rate, warmup_steps)
+        optimizer.param_groups[0]["lr"] = lr
+        discriminator_learns = discriminator and step >= discriminator_start * steps_per_epoch
+        adversary_counts = discriminator and step >= adversarial_start * steps_per_epoch
+
+        images = data.to_float(next(loader)["images"], dist.device)  # (B, 3, H, W)
+
+        # The encoder is frozen. (decode() undoes the normalisation, and here the decoder is called by itself.)
+        with dist.autocast():
+            with torch.no_grad():
+                latents = tcae.encode(images) * tcae.latent_std + tcae.latent_mean
+            reconstruction = wrapped_decoder(latents)
+
+        # L_rec = L1 + λ_p LPIPS, with L1 on pixels in [0, 1] as in RAE. Its gradient, up to the reconstruction, is all
+        # that the rest needs.
+        terms = {"l1": F.l1_loss(reconstruction, images)}
+        rec = terms["l1"] / 2
+        if perceptual:
+            terms["lpips"] = perceptual(reconstruction, images).mean()
+            rec = rec + lpips_weight * terms["lpips"]
+        loss = rec.detach()
+        gradient, = torch.autograd.grad(rec, reconstruction)  # (B, 3, H, W)
+
+        # Eq. 6: + λ_q w L_adv with L_adv = -mean D(reconstruction). The adaptive weight w = ‖∇L_rec‖ / ‖∇L_adv‖, at the
+        # weights of the decoder's last layer, gives both the same say whatever their scales (VQGAN).
+        if adversary_counts:
+            discriminator.eval()  # the spectral norms' iteration goes on in the discriminator's own step
+            with dist.autocast():
+                adversarial = -discriminator(augment(reconstruction)).mean()
+            of_adversarial, = torch.autograd.grad(adversarial, reconstruction)
+            norms = []
+            for at_output in gradient, of_adversarial:
+                at_last_layer, = torch.autograd.grad(reconstruction, decoder.head.weight, at_output,
+                                                     retain_graph=True)
+                norms.append(dist.sum(at_last_layer).norm())
+            weight = (norms[0] / (norms[1] + 1e-6)).clamp(max=1e4)
+            gradient = gradient + adversarial_weight * weight * of_adversarial
+            loss = loss + adversarial_weight * weight * adversarial.detach()
+            terms |= {"adversarial": adversarial, "adaptive_weight": weight}
+
+        reconstruction.backward(gradient)
+
+        grad_norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), grad_clip or float("inf"))
+        optimizer.step()
+        optimizer.zero_grad()
+        runtime.update_ema(list(averaged.decoder.parameters()), list(decoder.parameters()), decoder_ema)
+
+        # The discriminator's hinge loss, on what the decoder makes after its step, as 8 bits like the real images. Its
+        # learning rate has a schedule of its own, which begins with its training.
+        if discriminator_learns:
+            discriminator.train()
+            with dist.autocast():
+                with torch.no_grad():
+                    fake = data.to_float(data.to_uint8(decoder(latents)), dist.device)
+                of_real, of_fake = wrapped_discriminator(augment(torch.cat([images, fake]))).chunk(2)  # (B, 5 N) each
+            hinge = (F.relu(1 - of_real).mean() + F.relu(1 + of_fake).mean()) / 2
+            hinge.backward()
+            accuracy = ((of_real > 0).float().mean() + (of_fake < 0).float().mean()) / 2
+            terms |= {"discriminator": hinge, "discriminator_accuracy": accuracy}
+            discriminator_step = step - math.ceil(discriminator_start * steps_per_epoch)
+            discriminator_optimizer.param_groups[0]["lr"] = runtime.cosine(discriminator_step, steps, learning_rate,
+                                                                           min_learning_rate, warmup_steps)
+            discriminator_optimizer.step()
+            discriminator_optimizer.zero_grad()
+        progress.add({"loss": loss, **terms, "grad_norm": grad_norm})
+
+        # Log, save, validate. Only here the device is waited for.
+        done, stopping = step + 1, dist.stop_requested()
+        last = done == steps
+        validating = done % eval_every == 0 and not last
+        saving = done % save_every == 0 or stopping or last
+        if done % log_every == 0 or saving or validating:
+            progress.report(lr, loader.waited())
+            loader.report_bad_files()
+        if saving:
+            save(done)
+        if stopping:
+            break
+        if validating:
+            try:
+                progress.validated(data.validate(averaged, val, image_size, val_images, dist, picture))
+            except runtime.Stopped:
+                pass  # SIGTERM in a validation: the next step saves and ends
+    progress.bar.close()
+
+    try:
+        if not stopping:
+            psnr = data.validate(averaged, val, image_size, val_images, dist, picture)
+            progress.write(val_psnr=psnr)
+            save(steps, finished=True)
+            dist.print(f"wrote {path} and {picture}: step {steps}, validation PSNR {psnr:.2f} dB")
+    except runtime.Stopped:
+        stopping = True
+    if stopping:
+        dist.print(f"SIGTERM: saved {path} at step {done}; --resume=True goes on from there")
+    dist.close()
+
+
+if __name__ == "__main__":
+    main()
