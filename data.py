@@ -32,9 +32,8 @@ BAD_SHARE = 0.01  # a run stops if more than this share of its images can't be d
 
 
 class ImageFolder:
-    """All images (JPEG, PNG, WebP) below `root`, in order of their paths. By default root holds one folder per class, as
-    ImageNet does, and classes are numbered alphabetically; by_class=False takes images wherever they are, without labels.
-    `constant`: the script's constant that named the folder, for messages."""
+    """All images (JPEG, PNG, WebP) below `root`, in order of their paths. Its subfolders are the classes, numbered
+    alphabetically, as in ImageNet; with by_class=False there is only one class. `constant` named the folder."""
 
     def __init__(self, root, constant="data_dir", by_class=True):
         self.root, self.constant, self.paths, self.labels = root, constant, [], []
@@ -51,8 +50,8 @@ class ImageFolder:
         return len(self.paths)
 
     def load(self, i, short_side=0):
-        """Image i in RGB. Raises OSError and others if the file can't be decoded. With `short_side`, a JPEG is decoded at
-        1/2, 1/4 or 1/8 of its size, as long as its shorter side keeps that many pixels: much faster."""
+        """Image i in RGB; raises if it can't be decoded. With `short_side`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its
+        size, as long as its shorter side keeps that many pixels: much faster."""
         image = Image.open(self.paths[i])
         if short_side:
             image.draft(None, (short_side, short_side))
@@ -259,12 +258,12 @@ def save_grid(path, images, columns, titles=()):
 
 
 class TrainLoader:
-    """Iterates over training batches: next() gives a dict of tensors, `transform(image, rng)` of every image, collated and
-    then passed through `transform.prepare` if there is one. A step's batch is divided among the processes, and each share
-    into `accumulate` micro-batches. `transform.short_side`, if there, is passed to ImageFolder.load.
+    """Micro-batches of the steps from `start` to `steps`, this process's share of each, `accumulate` per step: a dict of
+    tensors, collated from what `transform(image, rng)` returns (or `source.load(i)` itself, without a transform).
 
-    Only (seed, epoch) decides the order and (seed, epoch, image) the rng, so that training sees the same images for any
-    number of processes and workers, and after a restart at step `start`. Undecodable images are replaced by others.
+    (seed, epoch) decides the order and (seed, epoch, image) the rng, so that neither the number of processes and workers
+    nor a restart changes what is trained on. An image that can't be decoded is replaced by another.
+    A transform may have `prepare(batch)`, to finish a batch in the loading process, and `short_side`, for ImageFolder.
     """
 
     def __init__(self, source, transform, batch_size, start, steps, seed, dist, accumulate=1, workers=0):
@@ -283,7 +282,7 @@ class TrainLoader:
         self.seconds += time.perf_counter() - began
         self.bad += bad
         if views is None:
-            fail(f"{self.source.constant}: too many images can't be decoded, {', '.join(bad)}", everywhere=False)
+            fail(f"{self.source.constant}: 100 images in a row can't be decoded, such as {bad[0]}", everywhere=False)
         return views
 
     def waited(self):
@@ -292,14 +291,14 @@ class TrainLoader:
         return seconds
 
     def report_bad_files(self):
-        """Names undecodable files, each once; ends the run if they are over 1 %. All processes must call it together."""
+        """Names undecodable files, each once; more than 1 % end the run. All processes must call it together."""
         report_bad_files(self.source, len(self.source), self.bad, self.reported, self.dist)
         self.bad = []
 
 
 def training_order(images, batch_size, start, steps, seed, rank=0, count=1, accumulate=1):
-    """Yields the [(epoch, image), …] of every micro-batch of process `rank`. Each epoch is a permutation decided by (seed,
-    epoch), without its last, partial batch."""
+    """The [(epoch, image), …] of every micro-batch of process `rank`. Each epoch is a permutation, without its last,
+    partial batch."""
     steps_per_epoch = images // batch_size
     share = batch_size // (count * accumulate)
     order_of = None
@@ -313,7 +312,7 @@ def training_order(images, batch_size, start, steps, seed, rank=0, count=1, accu
 
 
 class TrainBatches(torch.utils.data.Dataset):
-    """Item [(epoch, i), …] is (a batch of TrainLoader, or None if 100 images of it can't be decoded; the bad files)."""
+    """Item [(epoch, i), …] is (their batch as in TrainLoader, names of undecodable files)."""
 
     def __init__(self, source, transform, seed):
         self.source, self.transform, self.seed = source, transform, seed
@@ -328,17 +327,18 @@ class TrainBatches(torch.utils.data.Dataset):
                 image = try_load(self.source, int(rng.integers(len(self.source))), bad, **self.options)
             if image is None:
                 return None, bad
-            items.append(self.transform(image, rng))
+            items.append(self.transform(image, rng) if self.transform else image)
         views = torch.utils.data.default_collate(items)
         return self.transform.prepare(views) if hasattr(self.transform, "prepare") else views, bad
 
 
 def eval_loader(source, size, batch_size, dist, workers=0, images=0, title="", indices=None, keep_empty=False):
-    """Yields the centre crops of a source, (uint8 (b, size, size, 3), their indices (b,)), each image once, this process's
-    share; with a `title`, under a progress bar. Undecodable files are left out, named at the end, and over 1 % they end
-    the run. If SIGTERM came to any process, Stopped is raised in all of them at the end, which then comes early.
+    """Every image once: yields centre crops, uint8 (b, size, size, 3), and their indices (b,), of this process's share.
+    Undecodable files are left out; they are named at the end, and more than 1 % end the run. If any process got SIGTERM,
+    all raise Stopped at the end, which then comes early. All processes must exhaust it.
 
-    images: how many, evenly spread; 0 = all. indices: which, instead. keep_empty: yield batches without any decodable file.
+    images: how many, evenly spread; 0 = all. indices: which, instead. keep_empty: yield batches without an image too.
+    title: of a progress bar.
     """
     count, bad = min(images or len(source), len(source)), []
     mine = (spread(len(source), count) if indices is None else indices)[dist.rank::dist.count].tolist()
@@ -362,7 +362,7 @@ def spread(length, count):
 
 
 class CenterCrops(torch.utils.data.Dataset):
-    """Item [i, …] is (their centre crops, uint8 (b, size, size, 3); indices (b,); the bad files, which are left out)."""
+    """Item [i, …] is (centre crops uint8 (b, size, size, 3), their indices (b,), names of undecodable files)."""
 
     def __init__(self, source, size):
         self.source, self.size = source, size
@@ -378,7 +378,7 @@ class CenterCrops(torch.utils.data.Dataset):
 
 
 def try_load(source, i, bad, **options):
-    """Image i, or None if it can't be decoded, and then its name is added to `bad`."""
+    """Image i; or None, and its name added to `bad`, if it can't be decoded."""
     try:
         return source.load(i, **options)
     except Exception:  # broken files make Pillow raise OSError, SyntaxError, ValueError, struct.error and others
@@ -386,13 +386,14 @@ def try_load(source, i, bad, **options):
 
 
 def report_bad_files(source, images, bad, reported, dist):
-    """Names the files in the lists `bad` of all processes, except those in the set `reported`, to which they are added.
-    Ends the run if that makes more than 1 % of `images`."""
+    """Names the files in all processes' lists `bad` that aren't in the set `reported` yet, and adds them to it. More than
+    1 % of `images` end the run."""
     for name in sorted(set(dist.gather(bad)) - reported):
         reported.add(name)
         dist.print(f"{source.constant}: {name} can't be decoded and is left out ({len(reported)} so far)")
-    check(len(reported) <= BAD_SHARE * images, f"{source.constant}: {len(reported)} of {images} images can't be decoded, "
-                                               f"over {BAD_SHARE:.0%}: {', '.join(sorted(reported))}")
+    if len(reported) > BAD_SHARE * images:
+        fail(f"{source.constant}: {len(reported)} of {images} images can't be decoded, over {BAD_SHARE:.0%}: "
+             + ", ".join(sorted(reported)))
 
 
 def outlive_sigterm(_):
@@ -430,9 +431,9 @@ def validate(tcae, source, size, images, dist, picture):
 
 
 class Store:
-    """An array on disk that many processes fill, item by item, over any number of runs. The file: 4096 bytes of JSON that
-    say what it holds; a byte per item (0 = to do, 1 = done, 2 = can't be done); the items. Memory-mapped: `state` (count,)
-    uint8, `items` (count, *shape). With `dist`, all processes open it together, and the first one makes it if need be."""
+    """An array on disk that many processes fill, item by item, over any number of runs: 4096 bytes of JSON that say what
+    it holds; a byte per item (0 = to do, 1 = done, 2 = can't be done); the items. Memory-mapped: `state` (count,) uint8,
+    `items` (count, *shape). All processes of `dist` must open it together; the first one makes it if need be."""
 
     HEADER = 4096
 
@@ -447,7 +448,7 @@ class Store:
         if dist:
             dist.wait()
         check(os.path.getsize(path) == size,  # memmap would pad it with zeros
-              f"{path} has {os.path.getsize(path)} bytes, not {size}, so it was not copied whole: copy it again or remove it")
+              f"{path} has {os.path.getsize(path)} bytes, not {size}: it was not copied whole; copy it again or remove it")
         self.state = np.memmap(path, np.uint8, "r+", self.HEADER, (count,))
         self.items = np.memmap(path, dtype, "r+", self.HEADER + count, (count, *shape))
 

@@ -5,9 +5,9 @@
     torchrun --nproc_per_node=8 eval.py --samples=out/samples/samples.npz --reference=VIRTUAL_imagenet256_labeled.npz
     python eval.py --samples=their_reconstructions/ --reference=originals/ --paired=True     # another tokenizer's
 
-Reconstruction: rFID, PSNR, SSIM, LPIPS. Generation: gFID, IS. Linear probes as in Table 1: a linear classifier on
-average-pooled image tokens (accuracy R_tok), the same on average-pooled latents (R_lat), and the structure loss,
-1 - R_lat / R_tok; and, as DINOv2 is measured, one on [CLS] beside the pooled tokens.
+Reconstruction: rFID, PSNR, SSIM, LPIPS. Generation: gFID, IS. Linear probes (Table 1): a linear classifier on the
+average-pooled image tokens (accuracy R_tok), one on the average-pooled latents (R_lat), and the structure loss,
+1 - R_lat / R_tok; also one on [CLS] and pooled tokens together, as DINOv2 is measured.
 Prints a table and writes it to eval.json, beside the checkpoint or the samples.
 """
 import json
@@ -15,16 +15,15 @@ import logging
 import os
 import signal
 import struct
-import tempfile
 import zipfile
 from pathlib import Path
 
 import numpy as np
+import scipy.linalg
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
 import data
 import runtime
@@ -36,11 +35,12 @@ tokenizer = ""  # stage 1's checkpoint
 data_dir = ""  # as in stage 1; "" = the tokenizer's own
 val_images = 0  # how many validation images; 0 = all
 probe_images = 0  # how many training images the probes are fitted on; 0 = all
+pca = False  # True: also PSNR of PCA with as many values per image, the best linear tokenizer; images of up to 64 px
 
 # … or samples against a reference
 samples = ""  # folder of images, or .npz with arr_0 uint8 (N, H, W, 3) as sample.py writes it
 reference = ""  # the same, or .npz of statistics (mu, sigma), or "shapes"; a folder's are cropped to the samples' size
-paired = False  # True: image i of one is the reconstruction of image i of the other (in order of file names)
+paired = False  # True: image i of samples is the reconstruction of image i of reference (in order of file names)
 
 # How
 feature_net = ""  # "" = FID's Inception; .pt2: uint8 (B, H, W, 3) -> features (B, D), logits (B, K); "none" = no FID
@@ -51,7 +51,7 @@ batch_size = 64  # images at a time, per process
 workers = 4  # loading processes per process; 0 = load in the process itself
 out = ""  # the file of results; "" = eval.json beside the checkpoint or the samples
 device = "auto"  # cuda, mps or cpu
-dtype = "auto"  # of the tokenizer's matrix products; all that measures is float32 or float64
+dtype = "auto"  # of the tokenizer's matrix products; the metrics themselves are always float32 or float64
 
 INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
              "pt_inception-2015-12-05-6726825d.pth", "6726825d")
@@ -60,50 +60,16 @@ INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weig
 # Images of a folder or an .npz
 
 
-class Folder:
-    """All images below a folder, in order of their paths."""
-
-    def __init__(self, root, name):
-        self.constant = name
-        self.paths = sorted(path for path in Path(root).rglob("*") if path.suffix.lower() in data.EXTENSIONS)
-        check(self.paths, f"{name}={root} holds no images ({', '.join(sorted(data.EXTENSIONS))})")
-
-    def __len__(self):
-        return len(self.paths)
-
-    def load(self, i):
-        return data.to_rgb(Image.open(self.paths[i]))
-
-    def name(self, i):
-        return str(self.paths[i])
-
-    def side(self):
-        """The side of all images in pixels; they must be squares of one size. Undecodable files are left for later."""
-        first = None
-        for path in self.paths:
-            try:
-                with Image.open(path) as image:
-                    size = image.size
-            except Exception:
-                continue
-            first = first or (path, *size)
-            check(size == first[1:] and size[0] == size[1],
-                  f"{self.constant}: all images must be squares of one size, but {first[0]} is {first[1]} × {first[2]} "
-                  f"and {path} is {size[0]} × {size[1]} pixels")
-        check(first, f"{self.constant}: none of {len(self.paths)} images can be decoded, {self.paths[0]} to begin with")
-        return first[1]
-
-
 class Npz:
     """The images arr_0, uint8 (N, H, H, 3), of an .npz file, memory-mapped: files of any size take no memory."""
 
-    def __init__(self, path, name):
+    def __init__(self, path, constant):
         with zipfile.ZipFile(path) as archive:
-            names = [member.filename for member in archive.infolist()]
-            check("arr_0.npy" in names, f"{name}={path} has no arr_0 but {', '.join(names[:5]) or 'nothing'}")
+            names = archive.namelist()
+            check("arr_0.npy" in names, f"{constant}={path} has no arr_0 but {', '.join(names[:5]) or 'nothing'}")
             member = archive.getinfo("arr_0.npy")
         check(member.compress_type == zipfile.ZIP_STORED,
-              f"{name}={path} is compressed; write it with numpy.savez instead of savez_compressed")
+              f"{constant}={path} is compressed; write it with numpy.savez instead of savez_compressed")
         with open(path, "rb") as file:
             file.seek(member.header_offset + 26)
             file.seek(sum(struct.unpack("<2H", file.read(4))), os.SEEK_CUR)  # past the member's name and extra field
@@ -111,12 +77,12 @@ class Npz:
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran, kind = read(file)
             check(kind == np.uint8 and len(shape) == 4 and shape[0] and shape[1] == shape[2] and shape[3] == 3,
-                  f"{name}={path}: arr_0 is {kind} {shape}; it must be uint8 (N, H, H, 3)")
-            check(not fortran, f"{name}={path}: arr_0 is in Fortran's order; write it with numpy.ascontiguousarray")
+                  f"{constant}={path}: arr_0 is {kind} {shape}; it must be uint8 (N, H, H, 3)")
+            check(not fortran, f"{constant}={path}: arr_0 is in Fortran order; write it with numpy.ascontiguousarray")
             self.images = np.memmap(path, kind, "r", file.tell(), shape)
-        self.path, self.constant = path, name
+        self.path, self.constant = path, constant
 
-    def __reduce__(self):  # to a worker that is not forked goes the name, not the contents
+    def __reduce__(self):  # workers that are not forked get the path, not the contents
         return Npz, (self.path, self.constant)
 
     def __len__(self):
@@ -128,51 +94,55 @@ class Npz:
     def name(self, i):
         return f"{self.path}[{i}]"
 
-    def side(self):
-        return self.images.shape[1]
 
-
-def open_images(path, name):
-    """The images at `path`, which came from the constant `name`."""
-    check(path, f"{name} is empty: a folder of images or an .npz file")
-    check(os.path.exists(path), f"{name}={path}: there is no such file or folder")
+def open_images(path, constant):
+    """The images at `path`, which the constant of that name gave."""
+    check(path, f"{constant} is empty: a folder of images or an .npz file")
+    check(os.path.exists(path), f"{constant}={path}: there is no such file or folder")
     if os.path.isdir(path):
-        return Folder(path, name)
-    check(zipfile.is_zipfile(path), f"{name}={path} is neither a folder nor a whole .npz file")
-    return Npz(path, name)
+        return data.ImageFolder(path, constant, by_class=False)
+    check(zipfile.is_zipfile(path), f"{constant}={path} is neither a folder nor a whole .npz file")
+    return Npz(path, constant)
 
 
-def has_statistics(path):
-    """Whether `path` is an .npz with mu and sigma, such as ADM's."""
+def side_of(images):
+    """The side in pixels of all images, which must be squares of one size."""
+    if isinstance(images, Npz):
+        return images.images.shape[1]
+    sizes = set()
+    for path in images.paths:
+        try:
+            sizes.add(Image.open(path).size)
+        except Exception:  # undecodable files are reported when they are measured
+            pass
+    check(sizes, f"{images.constant}: none of {len(images)} images can be decoded, {images.paths[0]} to begin with")
+    check(len(sizes) == 1 and len(set(*sizes)) == 1, f"{images.constant}={images.root}: images must be squares of one "
+          f"size, but there are some of {', '.join(f'{w} × {h}' for w, h in sorted(sizes)[:5])} pixels")
+    return sizes.pop()[0]
+
+
+def read_statistics(path):
+    """The mean (D,) and covariance (D, D) in an .npz of statistics such as ADM's; None if `path` isn't one."""
     if os.path.isdir(path) or not zipfile.is_zipfile(path):
-        return False
+        return None
     with np.load(path) as file:
-        return {"mu", "sigma"} <= set(file.files)
-
-
-def read_statistics(path, features):
-    """Such a file's mean (D,) and covariance (D, D)."""
-    with np.load(path) as file:
-        mean, cov = file["mu"], file["sigma"]
-    check(mean.shape == (features,) and cov.shape == (features, features),
-          f"reference={path}: mu is {mean.shape} and sigma {cov.shape}, but the network has {features} features")
-    return torch.from_numpy(mean).double(), torch.from_numpy(cov).double()
+        return tuple(torch.from_numpy(file[name]).double() for name in ("mu", "sigma")) if "mu" in file.files else None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pairs of images: PSNR is in data.py
+# Pairs of images (PSNR is in data.py)
 
 
-def float64_place(on):
-    """The device for float64: MPS has none."""
-    return on if on.type == "cuda" else torch.device("cpu")
+def float64_device(device):
+    """Where to compute in float64, which MPS can't."""
+    return device if device.type == "cuda" else torch.device("cpu")
 
 
 def ssim(a, b):
     """Structural similarity of each pair of images, uint8 (B, H, W, 3) twice -> (B,) float64, at most 1.
 
-    Wang et al. 2004: Gaussian window of 11 pixels, σ = 1.5, population statistics, mean over the places where the
-    window fits and over the channels. H and W must be at least 11.
+    Wang et al. 2004: Gaussian window of 11 pixels, σ = 1.5, population statistics, averaged over channels and over all
+    places where the window fits. H and W must be at least 11.
     """
     offsets = torch.arange(-5, 6, dtype=torch.float64)
     window = torch.exp(-offsets**2 / (2 * 1.5**2))
@@ -196,28 +166,59 @@ def gradient_magnitude(images):
     return torch.hypot(x[:, 1:, :-1] - x[:, :-1, :-1], x[:, :-1, 1:] - x[:, :-1, :-1]).mean((1, 2, 3))
 
 
-class PairSums:
-    """Sums over image pairs of PSNR, SSIM, the gradients for the sharpness and, if there is a network for it, LPIPS."""
+class PairMetrics:
+    """rFID, PSNR, SSIM, LPIPS and sharpness of `images` pairs of an original and its reconstruction, as sums."""
 
-    def __init__(self, perceptual, on):
-        self.perceptual, self.on = perceptual, on
-        self.place = float64_place(on)
-        self.sums = torch.zeros(6, dtype=torch.float64)  # the last is the count
+    def __init__(self, images, size, dist):
+        self.network = load_network("rFID", lambda: open_feature_net(size, dist), dist)
+        self.perceptual = load_network("LPIPS", lambda: open_lpips(dist), dist)
+        self.device, self.sums = dist.device, torch.zeros(6, dtype=torch.float64)  # the last is the count
+        self.features = [FeatureSums(self.network, images, dist.device) for _ in range(2 if self.network else 0)]
 
-    def add(self, a, b):
-        """Originals and their reconstructions, uint8 (B, H, W, 3) each."""
-        here = a.to(self.place), b.to(self.place)
-        sums = [data.psnr(*here).sum(), ssim(*here).sum(), *(gradient_magnitude(x).sum() for x in here)]
-        lpips = self.perceptual(data.to_float(a, self.on), data.to_float(b, self.on)).sum() if self.perceptual else 0
+    def add(self, originals, reconstructions, indices):
+        """uint8 (B, H, W, 3) twice, and their numbers (B,)."""
+        a, b = (pixels.to(float64_device(self.device)) for pixels in (originals, reconstructions))
+        sums = [data.psnr(a, b).sum(), ssim(a, b).sum(), gradient_magnitude(a).sum(), gradient_magnitude(b).sum()]
+        a, b = (data.to_float(pixels, self.device) for pixels in (originals, reconstructions))
+        lpips = self.perceptual(a, b).sum() if self.perceptual else 0
         self.sums += torch.tensor([*sums, lpips, len(a)], dtype=torch.float64)
+        for features, pixels in zip(self.features, (originals, reconstructions)):
+            features.add(pixels, indices)
 
-    def means(self, dist):
-        """-> (how many pairs, {name of the metric: its mean over them}). Sharpness: gradients of the reconstructions in
-        units of the originals'; below 1 they are blurred."""
+    def results(self, dist):
+        """-> (how many pairs, {metric: value}). Sharpness: the reconstructions' gradients relative to the originals';
+        below 1, they are blurred."""
         psnr, similarity, before, after, lpips, count = dist.sum(self.sums).tolist()
-        return int(count), {"PSNR": psnr / count, "SSIM": similarity / count,
+        for features in self.features:
+            features.reduce(dist)
+        rfid = frechet_distance(*(features.mean_and_cov() for features in self.features)) if self.features else None
+        return int(count), {metric_name("rFID"): rfid, "PSNR": psnr / count, "SSIM": similarity / count,
                             "LPIPS": lpips / count if self.perceptual else None,
                             "sharpness": after / before if before else None}
+
+
+def pca_psnr(train, val, values, size, dist):
+    """PSNR (dB) of the best linear tokenizer: PCA with `values` numbers per image, fitted on the training images."""
+    def rows(source, images, title):
+        for pixels, _ in data.eval_loader(source, size, data.eval_batch(size), dist, workers, images, title):
+            yield pixels, data.to_float(pixels, "cpu").flatten(1)
+
+    width = 3 * size**2
+    count, total, products = torch.zeros(()), torch.zeros(width), torch.zeros(width, width)
+    for _, x in rows(train, probe_images, "PCA"):
+        count, total, products = count + len(x), total + x.sum(0), products.addmm_(x.T, x)
+    count, total, products = (dist.sum(x).double() for x in (count, total, products))
+    mean = total / count
+    covariance = (products / count - mean[:, None] * mean).float()
+    # only the eigenvectors of the largest eigenvalues, which takes half the time
+    _, vectors = scipy.linalg.eigh(covariance.numpy(), subset_by_index=[max(0, width - values), width - 1])
+    basis, mean = torch.from_numpy(vectors), mean.float()  # (3 H W, values)
+    psnr = torch.zeros(2, dtype=torch.float64)
+    for pixels, x in rows(val, val_images, ""):
+        projected = ((x - mean) @ basis @ basis.T + mean).view(-1, 3, size, size)
+        psnr += torch.tensor([data.psnr(pixels, data.to_uint8(projected)).sum(), len(x)])
+    psnr = dist.sum(psnr)
+    return (psnr[0] / psnr[1]).item()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -225,7 +226,7 @@ class PairSums:
 
 
 def resize_like_tensorflow(x, size):
-    """Bilinear to size × size, (B, C, H, W), as TensorFlow 1 did: output pixel i looks at i · H / size, not at its
+    """Bilinear to size × size, (B, C, H, W), as in TensorFlow 1: output pixel i samples at i · H / size, not at its
     centre, and nothing is averaged on the way down. FID is defined with it."""
     def neighbours(length):
         place = torch.arange(size, dtype=torch.float32, device=x.device) * (length / size)
@@ -249,8 +250,8 @@ def repooled(block, pool):
 
 class Inception(nn.Module):
     """The Inception-v3 of 2015 that FID and IS are defined with: uint8 (B, H, W, 3) -> features (B, 2048), logits
-    (B, 1008). It is torchvision's but for the pools: averages leave out the padding, and one is a maximum. IS takes the
-    logits without their bias."""
+    (B, 1008). It is torchvision's except for pooling: averages leave out the padding, and the last block takes a
+    maximum. IS uses the logits without their bias."""
 
     def __init__(self):
         super().__init__()
@@ -284,47 +285,40 @@ class Inception(nn.Module):
 
 
 class FeatureNet:
-    """A network saved by torch.export, used like Inception for images of `side` pixels."""
+    """A network saved by torch.export, in Inception's place, for images of `side` pixels."""
 
-    def __init__(self, path, side, on):
+    def __init__(self, path, side, device):
         check(Path(path).is_file(), f"feature_net={path}: there is no such file")
         logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it logs a traceback of its own
         try:
             exported = torch.export.load(path)
-            if on.type != "cpu":
+            if device.type != "cpu":
                 from torch.export.passes import move_to_device_pass
-                exported = move_to_device_pass(exported, str(on))
+                exported = move_to_device_pass(exported, str(device))
             self.net = exported.module()
-        except Exception as error:
-            runtime.fail(f"feature_net={path} is not a file of torch.export.save: {first_line(error)}")
-        try:
             for batch in 1, FeatureSums.BATCH:
-                features, logits = self.net(torch.zeros(batch, side, side, 3, dtype=torch.uint8, device=on))
-                self.features, self.classes = features.shape[1], logits.shape[1]
-                assert features.shape == (batch, self.features) and logits.shape == (batch, self.classes)
+                features, logits = self.net(torch.zeros(batch, side, side, 3, dtype=torch.uint8, device=device))
+                (_, self.features), (_, self.classes) = features.shape, logits.shape
         except Exception as error:
-            runtime.fail(f"feature_net={path} must take uint8 (B, {side}, {side}, 3) for any B and return features "
-                         f"(B, D) and logits (B, K): {first_line(error)}")
+            runtime.fail(f"feature_net={path} must be a file of torch.export.save that takes uint8 (B, {side}, {side}, 3) "
+                         "for any B and returns features (B, D) and logits (B, K): "
+                         + (str(error).strip() or type(error).__name__).splitlines()[0])
 
     def __call__(self, pixels):
         return self.net(pixels)
 
 
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 class FeatureSums:
-    """What FID and IS need of a set of images, as sums in float64: their size does not grow with the set's."""
+    """What FID and IS need of a set of images, as sums in float64, whose size does not grow with the set."""
 
-    SPLITS = 10  # IS is the mean over so many parts of the set, in order
+    SPLITS = 10  # IS is the mean over this many parts of the set, in order
     BATCH = 16  # at a time: Inception takes some 30 MB per image
 
-    def __init__(self, network, images, on):
-        self.network, self.images, self.on, self.place = network, images, on, float64_place(on)
+    def __init__(self, network, images, device):
+        self.network, self.images, self.device = network, images, device
 
         def zeros(*shape):
-            return torch.zeros(shape, dtype=torch.float64, device=self.place)
+            return torch.zeros(shape, dtype=torch.float64, device=float64_device(device))
 
         self.total, self.products = zeros(network.features), zeros(network.features, network.features)
         self.counts, self.negative_entropies = zeros(self.SPLITS), zeros(self.SPLITS)
@@ -333,7 +327,7 @@ class FeatureSums:
     def add(self, pixels, indices):
         """uint8 (B, H, W, 3) of the set's images `indices` (B,)."""
         for pixels, indices in zip(pixels.split(self.BATCH), indices.split(self.BATCH)):
-            features, logits = (x.to(self.place).double() for x in self.network(pixels.to(self.on)))
+            features, logits = (x.to(self.total.device).double() for x in self.network(pixels.to(self.device)))
             self.total += features.sum(0)  # (D,)
             self.products += features.T @ features  # (D, D)
             split = ((indices + 1) * self.SPLITS - 1) // self.images  # part k ends before image (k + 1) N / 10
@@ -350,8 +344,8 @@ class FeatureSums:
         count = int(self.counts.sum())
         check(count > 1, f"a Fréchet distance needs at least 2 images, not {count}")
         if count <= len(self.total):
-            dist.print(f"warning: {count} images are not more than the network's {len(self.total)} features: "
-                            "their Fréchet distance comes out too large, and compares only with as many images")
+            dist.print(f"warning: {count} images are no more than the network's {len(self.total)} features, so their "
+                       "Fréchet distance is too large; compare it only with that of as many images")
         return count
 
     def mean_and_cov(self):
@@ -370,8 +364,8 @@ class FeatureSums:
 def frechet_distance(first, second):
     """‖μ₁ - μ₂‖² + tr(Σ₁ + Σ₂ - 2 (Σ₁ Σ₂)^½) of two (mean (D,), covariance (D, D)) in float64.
 
-    The last trace is the sum of the roots of the eigenvalues of Σ₁^½ Σ₂ Σ₁^½, which is symmetric: unlike a general
-    matrix root this is real, and well defined for covariances of fewer images than features.
+    The last trace is the sum of the roots of the eigenvalues of Σ₁^½ Σ₂ Σ₁^½. That matrix is symmetric, so unlike a
+    general matrix root this is real, and well defined with fewer images than features.
     """
     (mean_1, cov_1), (mean_2, cov_2) = first, second
     values, vectors = torch.linalg.eigh(cov_1)
@@ -380,42 +374,71 @@ def frechet_distance(first, second):
     return max(((mean_1 - mean_2).square().sum() + cov_1.trace() + cov_2.trace() - 2 * cross).item(), 0.0)
 
 
-def distance_between(first, second, dist):
-    """Fréchet distance of two FeatureSums, of which each process holds a part."""
-    first.reduce(dist)
-    second.reduce(dist)
-    return frechet_distance(first.mean_and_cov(), second.mean_and_cov())
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Linear probes (Table 1)
 
 
-def fit_probe(features, labels, classes, dist):
-    """A linear classifier by multinomial logistic regression -> a function from features (B, D) to class (B,).
+class PooledFeatures:
+    """Of each image the average-pooled tokens and [CLS] (2 D,), the average-pooled latents (c,) and the label."""
 
-    features (N, D) and labels (N,) of this process; the sums are over all. L-BFGS over the whole set, in chunks, so
-    that memory-mapped features are read piece by piece.
+    def __init__(self, source, tcae):
+        self.classes, self.source_labels = len(source.classes), torch.tensor(source.labels)
+        self.width = tcae.encoder.width
+        self.tokens_and_cls = [torch.zeros(0, 2 * self.width)]  # a process may have no images
+        self.latents, self.labels = [torch.zeros(0, len(tcae.latent_mean))], [self.source_labels[:0]]
+
+    def add(self, cls, tokens, z, indices):
+        self.tokens_and_cls.append(torch.cat([tokens.float().mean(1), cls.float()], dim=1).cpu())
+        self.latents.append(z.float().mean((2, 3)).cpu())
+        self.labels.append(self.source_labels[indices])
+
+    def inputs(self):
+        """Of each probe, its inputs (N, …) by name."""
+        both = torch.cat(self.tokens_and_cls)
+        return {"tokens": both[:, :self.width], "[CLS] and tokens": both, "latents": torch.cat(self.latents)}
+
+
+def probes(train, val, dist):
+    """Table 1's row, and the probe on [CLS] and tokens, for two PooledFeatures."""
+    of_train, of_val, labels, val_labels = train.inputs(), val.inputs(), torch.cat(train.labels), torch.cat(val.labels)
+    found = {f"probe on {name}": probe(of_train[name], labels, of_val[name], val_labels, train.classes, dist)
+             for name in of_train}
+    before, after = found["probe on tokens"], found["probe on latents"]
+    return {**found, "structure loss": 1 - after / before if before else None}
+
+
+def probe(train, train_labels, val, val_labels, classes, dist):
+    """Accuracy on the second set of a classifier fitted on the first; each process has its own part of both."""
+    classify = fit_probe(train, train_labels, classes, dist)
+    right = sum((classify(x) == y).sum() for x, y in chunks(val, val_labels))
+    right, count = dist.sum(torch.tensor([float(right), float(len(val))])).tolist()
+    return right / count
+
+
+def fit_probe(features, labels, classes, dist):
+    """A linear classifier by multinomial logistic regression -> a function from features (B, D) to classes (B,).
+
+    features (N, D) and labels (N,) are this process's; sums go over all. L-BFGS on the whole set, in chunks.
     """
-    on, width = dist.device, features.shape[1]
+    device, width = dist.device, features.shape[1]
     sums = torch.zeros(2 * width + 1, dtype=torch.float64)
     for x, _ in chunks(features, labels):
         x = x.double()
         sums += torch.cat([x.sum(0), x.square().sum(0), torch.tensor([float(len(x))])])
     total, square, count = dist.sum(sums).split([width, width, 1])
     mean = total / count
-    std = (square / count - mean**2).clamp(min=1e-12).sqrt().float().to(on)
-    mean, count = mean.float().to(on), count.item()
-    weight = torch.zeros(width + 1, classes, device=on, requires_grad=True)  # the last row is the bias
+    std = (square / count - mean**2).clamp(min=1e-12).sqrt().float().to(device)
+    mean, count = mean.float().to(device), count.item()
+    weight = torch.zeros(width + 1, classes, device=device, requires_grad=True)  # the last row is the bias
     optimizer = torch.optim.LBFGS([weight], max_iter=probe_steps, history_size=20, line_search_fn="strong_wolfe")
 
     def logits(x):
-        return (x.to(on) - mean) / std @ weight[:-1] + weight[-1]
+        return (x.to(device) - mean) / std @ weight[:-1] + weight[-1]
 
     def loss():
-        weight.grad, total = torch.zeros_like(weight), torch.zeros((), device=on)  # a process may have no rows
+        weight.grad, total = torch.zeros_like(weight), torch.zeros((), device=device)  # a process may have no rows
         for x, y in chunks(features, labels):
-            part = F.cross_entropy(logits(x), y.to(on), reduction="sum") / count
+            part = F.cross_entropy(logits(x), y.to(device), reduction="sum") / count
             part.backward()
             total += part.detach()
         dist.sum(weight.grad)
@@ -429,88 +452,19 @@ def fit_probe(features, labels, classes, dist):
 
 
 def chunks(features, labels, size=65536):
-    """(features (size, D), labels (size,)) from the beginning to the end."""
-    for k in range(0, len(features), size):
-        yield torch.from_numpy(np.array(features[k:k + size])), labels[k:k + size]
-
-
-def probe(train, train_labels, val, val_labels, classes, dist):
-    """Accuracy on the second set of a classifier fitted on the first; each process has its own part of both."""
-    classify = fit_probe(train, train_labels, classes, dist)
-    right = sum((classify(x) == y).sum() for x, y in chunks(val, val_labels))
-    right, count = dist.sum(torch.tensor([float(right), float(len(val))])).tolist()
-    return right / count
-
-
-class Rows:
-    """Rows of float32 in a temporary file, (N, width): features take disk, not memory."""
-
-    def __init__(self, width):
-        self.width, self.file = width, tempfile.TemporaryFile()
-
-    def append(self, rows):
-        self.file.write(rows.float().cpu().numpy().tobytes())
-
-    def array(self):
-        self.file.flush()
-        count = self.file.tell() // (4 * self.width)
-        return np.memmap(self.file, np.float32, "r", shape=(count, self.width)) if count else \
-            np.zeros((0, self.width), np.float32)
-
-
-class PooledFeatures:
-    """Of every image: average-pooled tokens and [CLS] (2 D,), average-pooled latents (c,), and the label."""
-
-    def __init__(self, source, tcae):
-        self.classes, self.source_labels = len(source.classes), torch.tensor(source.labels)
-        self.labels = [self.source_labels[:0]]
-        self.width = tcae.encoder.width
-        self.tokens_and_cls, self.latents = Rows(2 * self.width), Rows(len(tcae.latent_mean))
-
-    def add(self, cls, tokens, z, indices):
-        self.tokens_and_cls.append(torch.cat([tokens.float().mean(1), cls.float()], dim=1))
-        self.latents.append(z.mean((2, 3)))
-        self.labels.append(self.source_labels[indices])
-
-    def inputs(self):
-        """Of each probe, its inputs (N, ...) by name."""
-        both = self.tokens_and_cls.array()
-        return {"tokens": both[:, :self.width], "[CLS] and tokens": both, "latents": self.latents.array()}
-
-    def count(self, dist):
-        return int(dist.sum(torch.tensor(float(sum(map(len, self.labels))))))
-
-
-def probes(train, val, dist):
-    """Table 1's row and one more probe, on [CLS] and tokens, for two PooledFeatures."""
-    of_train, of_val = train.inputs(), val.inputs()
-    found = {f"probe on {name}": probe(of_train[name], torch.cat(train.labels), of_val[name], torch.cat(val.labels),
-                                       train.classes, dist) for name in of_train}
-    before, after = found["probe on tokens"], found["probe on latents"]
-    return {**found, "structure loss": 1 - after / before if before else None}
+    return zip((rows.contiguous() for rows in features.split(size)), labels.split(size))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The three evaluations
 
 
-def cropped(source, name, size, dist, images=0, title="", keep_empty=False):
-    """Batches of a source's centre crops, (uint8 (b, size, size, 3), their indices (b,)), this process's share. Names
-    undecodable files, which are left out, and stops if they are more than 1 %. `name`: the constant it came from."""
-    bad, loader = [], data.in_order(source, size, batch_size, dist, workers, images)
-    for pixels, indices, names in tqdm(loader, desc=title, disable=not dist.first or not title):
-        bad += names
-        if len(pixels) or keep_empty:
-            yield pixels, indices
-    data.BadFiles(source, name, images).report(dist.gather(bad), dist)
-
-
-def open_feature_net(dist, side):
-    """Raises MissingWeights."""
+def open_feature_net(size, dist):
+    """The network for FID and IS of images of `size` pixels. Raises MissingWeights."""
     if feature_net == "none":
         raise runtime.MissingWeights("feature_net=none (else it takes Inception's weights, 95 MB)")
     if feature_net:
-        return FeatureNet(feature_net, side, dist.device)
+        return FeatureNet(feature_net, size, dist.device)
     return Inception.pretrained(runtime.download_weights(*INCEPTION, dist)).to(dist.device).eval()
 
 
@@ -521,89 +475,80 @@ def open_lpips(dist):
     return runtime.load_lpips(lpips_net, dist)
 
 
-def open_networks(dist, side):
-    """-> (network for FID or None, network for LPIPS or None); says what is missing, now rather than after an hour."""
-    found, missing = [], []
-    for metric, load in (("FID", lambda: open_feature_net(dist, side)),
-                         ("LPIPS", lambda: open_lpips(dist))):
-        try:
-            found.append(load())
-        except runtime.MissingWeights as error:
-            found.append(None)
-            missing.append(f"{metric}: {error}")
-    if missing:
-        dist.print("will not be measured, for want of weights: " + "; ".join(missing))
-    return found
+def load_network(metric, load, dist):
+    """load(), or None and a line that says so if weights are missing: the other metrics are measured all the same."""
+    try:
+        return load()
+    except runtime.MissingWeights as error:
+        dist.print(f"{metric} will not be measured: {error}")
 
 
 def metric_name(metric):
-    """The name of a metric that is only called FID or IS if the network is Inception."""
+    """FID and IS are called that only if the network is Inception."""
     return f"{metric.replace('FID', 'FD')} ({Path(feature_net).name})" if feature_net not in ("", "none") else metric
 
 
 @torch.no_grad()
 def evaluate_tokenizer(dist):
-    """-> what was measured, in words; {name: value, None where weights are missing}."""
+    """-> what was measured, in words; {metric: value, or None if weights are missing}."""
     saved = runtime.load_checkpoint(tokenizer, "tokenizer", kind="tokenizer")
-    constants, on = saved["constants"], dist.device
+    constants = saved["constants"]
     where, size = data_dir or constants["data_dir"], constants["image_size"]
     train, val = (data.open_split(where, split, size, constants["shapes_images"]) for split in ("train", "val"))
     data.check_same_classes(train, val)
     check_size(size)
-    tcae = TCAE.from_checkpoint(saved).to(on)
-    network, perceptual = open_networks(dist, size)
+    check(not pca or size <= 64, f"pca=True: {tokenizer} is for images of {size} pixels; 64 are the most for PCA")
+    tcae = TCAE.from_checkpoint(saved).to(dist.device)
+    pairs, of_train, of_val = PairMetrics(len(val), size, dist), PooledFeatures(train, tcae), PooledFeatures(val, tcae)
 
     def encode(pixels):
         with dist.autocast():
-            return tcae.encode_with_tokens(data.to_float(pixels, on))
+            return tcae.encode_with_tokens(data.to_float(pixels, dist.device))
 
-    pairs, of_train, of_val = PairSums(perceptual, on), PooledFeatures(train, tcae), PooledFeatures(val, tcae)
-    if network:
-        originals, reconstructions = (FeatureSums(network, len(val), on) for _ in range(2))
-    for pixels, indices in cropped(val, "data_dir", size, dist, val_images, "validation images"):
+    for pixels, indices in data.eval_loader(val, size, batch_size, dist, workers, val_images, "validation images"):
         cls, tokens, z = encode(pixels)
         with dist.autocast():
-            reconstruction = data.to_uint8(tcae.decode(z)).cpu()
+            reconstructions = data.to_uint8(tcae.decode(z)).cpu()
         of_val.add(cls, tokens, z, indices)
-        pairs.add(pixels, reconstruction)
-        if network:
-            originals.add(pixels, indices)
-            reconstructions.add(reconstruction, indices)
-    for pixels, indices in cropped(train, "data_dir", size, dist, probe_images, "training images"):
+        pairs.add(pixels, reconstructions, indices)
+    for pixels, indices in data.eval_loader(train, size, batch_size, dist, workers, probe_images, "training images"):
         of_train.add(*encode(pixels), indices)
 
-    count, means = pairs.means(dist)
-    rfid = distance_between(originals, reconstructions, dist) if network else None
-    about = (f"{tokenizer}: reconstructions of {count} images of {where}, {size} px; probes fitted on "
-             f"{of_train.count(dist)} training images")
-    return about, {metric_name("rFID"): rfid, **means, **probes(of_train, of_val, dist)}
+    count, results = pairs.results(dist)
+    if pca:
+        values = constants["latent_channels"] * (size // constants["downsample"]) ** 2
+        results[f"PSNR of PCA, {values} values"] = pca_psnr(train, val, values, size, dist)
+    fitted = int(dist.sum(torch.tensor(float(sum(map(len, of_train.labels))))))
+    return f"{tokenizer}: reconstructions of {count} images of {where}, {size} px; probes fitted on {fitted} training " \
+           "images", {**results, **probes(of_train, of_val, dist)}
 
 
 @torch.no_grad()
 def evaluate_samples(dist):
     """-> the same as evaluate_tokenizer, of samples as they are: FID and IS."""
-    images, on = open_images(samples, "samples"), dist.device
-    size = images.side()
+    images = open_images(samples, "samples")
+    size = side_of(images)
     check(len(images) >= FeatureSums.SPLITS,
           f"samples={samples} holds {len(images)} images; IS needs {FeatureSums.SPLITS} at least")
-    statistics = has_statistics(reference)
-    other = None if statistics else open_reference(size)
+    target = read_statistics(reference)
+    other = None if target else open_reference(size)
     try:
-        network = open_feature_net(dist, size)
+        network = open_feature_net(size, dist)
     except runtime.MissingWeights as error:
         runtime.fail(f"FID and IS need weights: {error}")
-    if statistics:
-        target, against = read_statistics(reference, network.features), "the statistics"
+    check(not target or len(target[0]) == network.features, f"reference={reference}: the mean of its features has "
+          f"{target and len(target[0])} numbers, but the network has {network.features} features")
 
-    sampled = FeatureSums(network, len(images), on)
-    for pixels, indices in cropped(images, "samples", size, dist, title="samples"):
-        sampled.add(pixels, indices)
-    count = sampled.reduce(dist)
-    if not statistics:
-        referred = FeatureSums(network, len(other), on)
-        for pixels, indices in cropped(other, "reference", size, dist, title="reference"):
-            referred.add(pixels, indices)
-        against, target = f"{referred.reduce(dist)} images", referred.mean_and_cov()
+    def measure(images, title):
+        sums = FeatureSums(network, len(images), dist.device)
+        for pixels, indices in data.eval_loader(images, size, batch_size, dist, workers, title=title):
+            sums.add(pixels, indices)
+        return sums, sums.reduce(dist)
+
+    (sampled, count), against = measure(images, "samples"), "the statistics"
+    if other:
+        referred, other_count = measure(other, "reference")
+        target, against = referred.mean_and_cov(), f"{other_count} images"
     return f"{samples}: {count} samples, {size} px, against {against} of {reference}", \
         {metric_name("gFID"): frechet_distance(sampled.mean_and_cov(), target),
          metric_name("IS"): sampled.inception_score()}
@@ -612,29 +557,21 @@ def evaluate_samples(dist):
 @torch.no_grad()
 def evaluate_pairs(dist):
     """-> the same, of samples that are reconstructions of the reference: rFID, PSNR, SSIM, LPIPS."""
-    images, on = open_images(samples, "samples"), dist.device
-    size = images.side()
+    images = open_images(samples, "samples")
+    size = side_of(images)
     check_size(size)
     other = open_reference(size)
     check(len(other) == len(images),
           f"paired=True: samples={samples} holds {len(images)} images, reference={reference} {len(other)}")
-    network, perceptual = open_networks(dist, size)
-    pairs = PairSums(perceptual, on)
-    if network:
-        reconstructions, originals = (FeatureSums(network, len(images), on) for _ in range(2))
-    for (a, of_a), (b, of_b) in zip(cropped(images, "samples", size, dist, title="pairs", keep_empty=True),
-                                    cropped(other, "reference", size, dist, keep_empty=True), strict=True):
+    pairs = PairMetrics(len(images), size, dist)
+    for (a, of_a), (b, of_b) in zip(
+            data.eval_loader(images, size, batch_size, dist, workers, title="pairs", keep_empty=True),
+            data.eval_loader(other, size, batch_size, dist, workers, keep_empty=True), strict=True):
         in_a, in_b = torch.isin(of_a, of_b), torch.isin(of_b, of_a)  # both of a pair could be decoded
         if in_a.any():
-            a, b, indices = a[in_a], b[in_b], of_a[in_a]
-            pairs.add(b, a)
-            if network:
-                reconstructions.add(a, indices)
-                originals.add(b, indices)
-    count, means = pairs.means(dist)
-    rfid = distance_between(originals, reconstructions, dist) if network else None
-    return f"{samples} as reconstructions of {reference}: {count} pairs, {size} px", \
-        {metric_name("rFID"): rfid, **means}
+            pairs.add(b[in_b], a[in_a], of_a[in_a])
+    count, results = pairs.results(dist)
+    return f"{samples} as reconstructions of {reference}: {count} pairs, {size} px", results
 
 
 def open_reference(size):
@@ -642,14 +579,14 @@ def open_reference(size):
     if reference == "shapes":
         return data.Shapes("val", 5000, size)  # built-in images
     other = open_images(reference, "reference")
-    check(isinstance(other, Folder) or other.side() == size,
+    check(not isinstance(other, Npz) or side_of(other) == size,
           f"reference={reference} has images of another size than the samples' {size} pixels")
     return other
 
 
 def check_size(size):
-    check(size >= 11, f"{'tokenizer' if tokenizer else 'samples'}: SSIM's window does not fit images of {size} pixels; "
-          "11 are the least")
+    check(size >= 11, f"{'tokenizer' if tokenizer else 'samples'}: images of {size} pixels are too small for SSIM, whose "
+          "window has 11")
 
 
 def main():
@@ -666,10 +603,9 @@ def main():
     check(os.access(os.path.dirname(path) or ".", os.W_OK) and not os.path.isdir(path), f"out={path} can't be written")
     dist = runtime.Distributed(device, dtype)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to save
-    torch.set_float32_matmul_precision("highest")  # no TF32 in what measures
+    torch.set_float32_matmul_precision("highest")  # no TF32 in metrics
     torch.backends.cudnn.allow_tf32 = False
-    evaluate = evaluate_tokenizer if tokenizer else evaluate_pairs if paired else evaluate_samples
-    about, results = evaluate(dist)
+    about, results = (evaluate_tokenizer if tokenizer else evaluate_pairs if paired else evaluate_samples)(dist)
     if dist.first:
         print(about)
         for name, value in results.items():

@@ -212,6 +212,10 @@ class Distributed:
         return torch.nn.parallel.DistributedDataParallel(
             model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
+    def to_device(self, tensor):
+        """The tensor on the device, without waiting for what that is doing."""
+        return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(self.device, non_blocking=True)
+
     def sum(self, tensor):
         """The sum of `tensor` over all processes, in place."""
         if self.count > 1:

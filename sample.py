@@ -96,16 +96,16 @@ def main():
              "cfg_scale": cfg_scale, "cfg_interval": list(cfg_interval), "seed": seed, "dtype": dtype}
     if dist.first and data.Store.differences(part, about):
         os.remove(part)  # begun by another call, for other samples
-    store = data.Store.shared(part, about, len(labels), (side, side, 3), np.uint8, dist)
-    todo = store.to_do(dist)
-    for k in tqdm(range(0, len(todo), batch_size), desc="sampling", unit="batch", disable=not dist.first):
-        indices = todo[k:k + batch_size]
+    store = data.Store(part, about, len(labels), (side, side, 3), np.uint8, dist)
+    mine = store.to_do(dist)[dist.rank::dist.count]
+    for k in tqdm(range(0, len(mine), batch_size), desc="sampling", unit="batch", disable=not dist.first):
+        indices = mine[k:k + batch_size]
         store.put(indices, draw(dit, tcae, indices, labels[indices], shape, saved["constants"]["shift_base"],
                                 dist).numpy())
         if dist.stop:
             break
     store.flush()
-    if dist.stop_requested():  # asked only here, since processes have different numbers of batches
+    if dist.stop_requested():  # asked only here, because processes have different numbers of batches
         dist.print(f"SIGTERM: {part} keeps what is drawn; the same command goes on from there")
         return dist.close()
     if dist.first:

@@ -4,19 +4,18 @@
     torchrun --nproc_per_node=8 train_dit.py --tokenizer=out/tokenizer/checkpoint.pt --data_dir=imagenet
 
 The first run encodes the data set and its mirror image once, into latents.cache (ImageNet at 8 × 8 × 128: 42 GB on
-disk, memory-mapped, so never in memory); a cut-off encoding goes on where it stopped. What there is to know of the
-tokenizer is read from its checkpoint. Writes out_dir/checkpoint.pt, log.jsonl and samples.png.
+disk, memory-mapped, so never in memory); if it is interrupted, the next run continues. The tokenizer's settings are read
+from its checkpoint. Writes out_dir/checkpoint.pt, log.jsonl and samples.png.
 """
 import copy
 import os
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import data
 import runtime
-from model import LightningDiT, TCAE, compile_blocks, flow_matching_loss, cfg_velocity, sample_flow, shift_time
+from model import LightningDiT, TCAE, cfg_velocity, compile_blocks, flow_matching_loss, sample_flow, shift_time
 from runtime import check
 
 # Data
@@ -24,7 +23,7 @@ tokenizer = "out/tokenizer/checkpoint.pt"  # stage 1's checkpoint
 data_dir = ""  # as in stage 1; "" = the tokenizer's own
 cache = ""  # the file of latents; "" = out_dir/latents.cache
 rebuild_cache = False  # True: encode again although there is a cache (of another tokenizer or data)
-cache_latents = True  # False: encode every batch on the fly instead, the same batches without a cache
+cache_latents = True  # False: encode every batch on the fly instead: the same batches, slower, without a cache
 workers = 4  # loading processes per training process; 0 = load in the training process
 
 # Generator
@@ -35,7 +34,7 @@ shift_base = 4096  # a latent of more numbers has its times shifted towards nois
 # Optimisation (RAE's recipe; 80 epochs for the ablations, 800 for Table 4)
 epochs = 80  # passes over the data set
 batch_size = 1024  # images per step, over all processes
-accumulate = 1  # micro-batches per step and process
+accumulate = 1  # micro-batches per step and process: less memory, the same gradient
 learning_rate = 2e-4  # after the warm-up
 min_learning_rate = 2e-5  # at the end, if it decays
 decay_epoch = 0.0  # from this epoch to the last the rate falls linearly (Table 4: 40 of 800); 0 = it is constant
@@ -67,152 +66,80 @@ def check_constants(dist):
     for name in "epochs", "batch_size", "accumulate", "log_every", "save_every", "sample_every", "sample_steps", \
             "shift_base":
         check(globals()[name] > 0, f"{name}={globals()[name]} must be at least 1")
-    check(len(betas) == 2 and max(betas) < 1, f"betas={betas} must be two numbers, each at least 0 and below 1")
-    shares = dist.count * accumulate
-    check(batch_size % shares == 0,
-          f"batch_size={batch_size} must be a multiple of {shares} (processes × accumulate)")
     for name in "label_dropout", "ema_momentum":
         check(globals()[name] <= 1, f"{name}={globals()[name]} must be between 0 and 1")
+    check(len(betas) == 2 and max(betas) < 1, f"betas={betas} must be two numbers, each at least 0 and below 1")
+    check(decay_epoch <= epochs, f"decay_epoch={decay_epoch} must not be later than epochs={epochs}")
+    shares = dist.count * accumulate
+    check(batch_size % shares == 0, f"batch_size={batch_size} must be a multiple of {shares} (processes × accumulate)")
     try:
         with torch.device("meta"):
             LightningDiT(size, 1, 1, 1)
-    except ValueError as error:
+    except ValueError as error:  # before an hour of encoding
         runtime.fail(error)
-    check(decay_epoch <= epochs, f"decay_epoch={decay_epoch} must not be later than epochs={epochs}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Latents, once
-
-
-class Latents:
-    """The cache as a source for data.Augmented: load(i) gives (z (2, c, h, w) in float16, normalised, of the image and
-    of its mirror image; label)."""
-
-    def __init__(self, store, source):
-        self.store, self.source, self.labels = store, source, source.labels
-
-    def __len__(self):
-        return len(self.labels)
-
-    def load(self, i):
-        if self.store.state[i] != 1:
-            raise OSError("this image could not be decoded")
-        return self.store.items[i], self.labels[i]
-
-    def blank(self):
-        return np.zeros_like(self.store.items[0]), 0
-
-    def name(self, i):
-        return self.source.name(i)
+# The data set as latents: encoded once into a cache, or on the fly
 
 
 class Pairs:
-    """A source like Latents, of pixels: load(i) gives ((image, mirror image) uint8 (2, H, W, 3), label). Without a
-    cache its batches are encoded on the fly."""
+    """A source for data.TrainLoader: an image and its mirror image as latents of the cache, (2, c, h, w) float16, or without
+    `store` as pixels, (2, H, W, 3) uint8."""
 
-    def __init__(self, source, image_size):
-        self.source, self.image_size, self.labels = source, image_size, source.labels
+    def __init__(self, images, image_size, store=None):
+        self.images, self.image_size, self.store, self.constant = images, image_size, store, images.constant
 
     def __len__(self):
-        return len(self.source)
+        return len(self.images)
 
     def load(self, i):
-        pixels = data.center_crop(self.source.load(i), self.image_size)
-        return np.stack([pixels, pixels[:, ::-1]]), self.labels[i]
-
-    def blank(self):
-        return np.zeros((2, self.image_size, self.image_size, 3), np.uint8), 0
+        if not self.store:
+            pixels = data.center_crop(self.images.load(i), self.image_size)
+            pair = np.stack([pixels, pixels[:, ::-1]])
+        elif self.store.state[i] == 1:
+            pair = self.store.items[i]
+        else:
+            raise OSError("this image could not be decoded when the cache was filled")
+        return {"pair": pair, "label": self.images.labels[i], "index": i}
 
     def name(self, i):
-        return self.source.name(i)
+        return self.images.name(i)
 
 
-def encode_pixels(tcae, pixels, dist):
-    """uint8 (B, H, W, 3) -> z (B, c, h, w), rounded to float16 as in the cache."""
+def encode(tcae, pixels, dist):
+    """uint8 (B, H, W, 3) -> z (B, c, h, w), normalised, rounded to float16."""
     with torch.no_grad(), dist.autocast():
         return tcae.encode(data.to_float(pixels, dist.device)).half()
 
 
-def fill_cache(store, tcae, source, image_size, bad_files, dist):
-    """Encodes what the cache still lacks, each process its share."""
-    todo, bad = np.array(store.to_do(dist), int), []
-    loader = torch.utils.data.DataLoader(torch.utils.data.Subset(data.Centered(source, image_size), todo.tolist()),
-                                         batch_size=max(1, min(128, 128**3 // image_size**2)), num_workers=workers,
-                                         collate_fn=data.collate_centered, worker_init_fn=data.outlive_sigterm)
-    for pixels, indices, names in tqdm(loader, desc="encoding the data set once", disable=not dist.first):
-        bad += names
-        if len(pixels):
-            both = torch.stack([pixels, pixels.flip(2)], dim=1).flatten(0, 1)  # (2 b, H, W, 3): image, mirror image, …
-            z = encode_pixels(tcae, both, dist).cpu().unflatten(0, (-1, 2))  # (b, 2, c, h, w)
-            store.put(indices.numpy(), z.numpy())
-        if dist.stop:
-            break
+def fill_cache(path, tcae, latents_of, images, image_size, shape, dist):
+    """The cache at `path`, made if it isn't there, and completed: each process encodes its share of what it lacks."""
+    check(os.path.isdir(os.path.dirname(path) or ".") and not os.path.isdir(path),
+          f"cache={path} must be a file in a folder that is there")
+    about = {"tokenizer": latents_of, "image_size": image_size, "images": len(images), "files": images.fingerprint()}
+    if rebuild_cache and dist.first and os.path.exists(path):
+        os.remove(path)
+    dist.wait()  # until the old one is gone
+    differences = data.Store.differences(path, about)
+    check(not differences, f"cache: {path} was made from something else ({differences}). "
+                           "--rebuild_cache=True makes it anew, another --cache keeps both")
+    store = data.Store(path, about, len(images), (2, *shape), np.float16, dist)
+    todo = store.to_do(dist)
+    batch = max(1, min(128, 128**3 // image_size**2))
+    for pixels, indices in data.eval_loader(images, image_size, batch, dist, workers, indices=todo,
+                                            title="encoding the data set once"):
+        both = torch.stack([pixels, pixels.flip(2)], dim=1).flatten(0, 1)  # (2 b, H, W, 3): image, mirror image, …
+        z = encode(tcae, both, dist).cpu().unflatten(0, (-1, 2))  # (b, 2, c, h, w)
+        store.put(indices.numpy(), z.numpy())
+    mine = todo[dist.rank::dist.count]
+    store.state[mine[store.state[mine] == 0]] = 2  # those could not be decoded
     store.flush()
-    if dist.stop_requested():  # asked only here, since processes have different numbers of batches
-        dist.print(f"SIGTERM: {store.path} keeps what is encoded; the next run goes on from there")
-        dist.close()
-        raise SystemExit(0)
-    bad_files.report(dist.gather(bad), dist)  # if they are too many, the next run tries them again
-    store.state[todo[store.state[todo] == 0]] = 2  # those could not be decoded
-    store.flush()
-
-
-class Example:
-    """(z pair or pixel pair, label) and an rng -> what one training example takes. Mirror image or not, noise, time and
-    the dropped label come from the rng, so that (seed, epoch, image) decides them for any number of processes."""
-
-    def __init__(self, latent_shape, null_class, label_dropout):
-        self.latent_shape, self.null_class, self.label_dropout = latent_shape, null_class, label_dropout
-
-    def __call__(self, loaded, rng):
-        pair, label = loaded
-        example = pair[int(rng.random() < 0.5)]
-        t = 1 / (1 + np.exp(-rng.standard_normal()))  # logit-normal(0, 1)
-        return {"pixels" if example.dtype == np.uint8 else "z": np.array(example), "t": np.float32(t),
-                "noise": rng.standard_normal(self.latent_shape, np.float32),
-                "labels": self.null_class if rng.random() < self.label_dropout else label}
-
-    def prepare(self, batch):
-        return batch
+    return store
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
-
-
-def open_latents(tcae, saved, dist):
-    """The training source, the names of its classes, and the count of its bad files. The source is the cache, made or
-    completed if need be, or the images, to be encoded on the fly."""
-    constants = saved["constants"]
-    where, image_size = data_dir or constants["data_dir"], constants["image_size"]
-    source = data.open_split(where, "train", image_size, constants["shapes_images"])
-    bad_files = data.BadFiles(source)
-    check(batch_size <= len(source), f"batch_size={batch_size} is more than the {len(source)} training images")
-    if not cache_latents:
-        return Pairs(source, image_size), source.classes, bad_files
-    path = cache or os.path.join(out_dir, "latents.cache")
-    folder = os.path.dirname(path) or "."
-    check(os.path.isdir(folder) and not os.path.isdir(path), f"cache={path} must be a file in a folder that is there")
-    about = {"tokenizer": runtime.latents_of(saved), "image_size": image_size, "images": len(source),
-             "files": source.fingerprint()}
-    if rebuild_cache and dist.first and os.path.exists(path):
-        os.remove(path)
-    dist.wait()  # nobody may look at the old one
-    differences = data.Store.differences(path, about)
-    check(not differences, f"cache: {path} was made from something else ({differences}). "
-                           "--rebuild_cache=True makes it anew, another --cache keeps both")
-    store = data.Store.shared(path, about, len(source), (2, *latent_shape(saved)), np.float16, dist)
-    fill_cache(store, tcae, source, image_size, bad_files, dist)
-    latents = Latents(store, source)
-    return latents, source.classes, data.BadFiles(latents)
-
-
-def latent_shape(saved):
-    """(c, h, w) of a tokenizer's latents."""
-    constants = saved["constants"]
-    side = constants["image_size"] // constants["downsample"]
-    return (constants["latent_channels"], side, side)
 
 
 @torch.no_grad()
@@ -222,7 +149,8 @@ def draw_samples(ema, tcae, shape, class_names, path, dist):
     labels = torch.arange(columns).repeat(4).to(dist.device)
     noise = torch.from_numpy(rng.standard_normal((len(labels), *shape), np.float32)).to(dist.device)
     with dist.autocast():
-        z = sample_flow(cfg_velocity(ema, labels, null_class, sample_cfg_scale), noise, sample_steps, shift_base=shift_base)
+        velocity = cfg_velocity(ema, labels, null_class, sample_cfg_scale)
+        z = sample_flow(velocity, noise, sample_steps, shift_base=shift_base)
         images = data.to_uint8(tcae.decode(z)).cpu()
     data.save_grid(path, images, columns, class_names[:columns])
 
@@ -240,25 +168,41 @@ def main():
     compiled = dist.compiles(compile)
     runtime.make_folder(out_dir)
 
-    on = dist.device
+    # The tokenizer, frozen
     saved = runtime.load_checkpoint(tokenizer, "tokenizer", kind="tokenizer")
-    check(not resumed or resumed["latents_of"] == runtime.latents_of(saved),
-          f"tokenizer={tokenizer} encodes otherwise than the one that {path} was trained on")
-    tcae = TCAE.from_checkpoint(saved).to(on)
-    source, class_names, bad_files = open_latents(tcae, saved, dist)
-    check(not resumed or (resumed["images"], resumed["classes"]) == (len(source), class_names),
-          f"data_dir has {len(source)} training images of {len(class_names)} classes, others than {path} began with")
-    shape, classes = latent_shape(saved), len(class_names)
-    steps_per_epoch = len(source) // batch_size
+    latents_of = runtime.latents_of(saved)
+    check(not resumed or resumed["latents_of"] == latents_of,
+          f"tokenizer={tokenizer} has other latents than the one that {path} was trained on")
+    tcae, settings = TCAE.from_checkpoint(saved).to(dist.device), saved["constants"]
+    image_size = settings["image_size"]
+    side = image_size // settings["downsample"]
+    shape = (settings["latent_channels"], side, side)
+
+    # The data: a source of latents, or of pixels that are encoded in every step
+    images = data.open_split(data_dir or settings["data_dir"], "train", image_size, settings["shapes_images"])
+    classes = len(images.classes)
+    check(batch_size <= len(images), f"batch_size={batch_size} is more than the {len(images)} training images")
+    check(not resumed or (resumed["images"], resumed["classes"]) == (len(images), images.classes),
+          f"data_dir has {len(images)} training images of {classes} classes, others than {path} began with")
+    store, cache_path = None, cache or os.path.join(out_dir, "latents.cache")
+    try:
+        if cache_latents:
+            store = fill_cache(cache_path, tcae, latents_of, images, image_size, shape, dist)
+    except runtime.Stopped:
+        dist.print(f"SIGTERM: {cache_path} keeps what is encoded; the next run goes on from there")
+        return dist.close()
+    source = Pairs(images, image_size, store)
+    steps_per_epoch = len(images) // batch_size
     steps, decay_step = epochs * steps_per_epoch, round((decay_epoch or epochs) * steps_per_epoch)
 
-    torch.manual_seed(seed)  # again: how many random numbers encoding took must not matter
-    model = LightningDiT(size, shape[0], shape[1], classes).to(on)
+    # The generator, its averaged weights and its optimizer
+    torch.manual_seed(seed)  # again, whatever random numbers encoding has taken
+    model = LightningDiT(size, shape[0], side, classes).to(dist.device)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay,
-                                  fused=on.type in ("cuda", "cpu"))
-    dist.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(source)} images of "
-                    f"{classes} classes as latents {' × '.join(map(str, shape))}; {steps} steps of {batch_size}")
+                                  fused=dist.device.type in ("cuda", "cpu"))
+    dist.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(images)} images of "
+               f"{classes} classes as latents {' × '.join(map(str, shape))}; {steps} steps of {batch_size}")
     start = 0
     if resumed:
         start = resumed["step"]
@@ -266,68 +210,78 @@ def main():
         ema.load_state_dict(resumed["ema"])
         optimizer.load_state_dict(resumed["optimizer"])
         dist.print(f"resumed from {path} at step {start}")
-
-    def save(step):
-        if dist.first:
-            runtime.save_checkpoint(path, {
-                "kind": "dit", "constants": constants, "dtype": str(dist.dtype).removeprefix("torch."),
-                "revision": runtime.git_revision(), "step": step, "finished": step == steps, "images": len(source),
-                "latents_of": runtime.latents_of(saved),
-                "latent_shape": shape, "classes": class_names, "model": model.state_dict(), "ema": ema.state_dict(),
-                "optimizer": optimizer.state_dict()})
-
     if compiled:
         compile_blocks(model, ema)
     trained, averaged = list(model.parameters()), list(ema.parameters())
     wrapped = dist.distribute(model)
 
-    loader = iter(data.batches(source, Example(shape, classes, label_dropout), batch_size, start, steps, seed,
-                               dist, accumulate, workers))
-    progress, bad = runtime.Progress(out_dir, start, steps, batch_size, dist), []
+    loader = data.TrainLoader(source, None, batch_size, start, steps, seed, dist, accumulate, workers)
+    progress = runtime.Progress(out_dir, start, steps, batch_size, dist)
     picture = os.path.join(out_dir, "samples.png")
 
     for step in range(start, steps):
-        torch.manual_seed(hash((seed, step, dist.rank)) % 2**63)  # for dropout you may add; all else is in Example
-        lr = learning_rate if step < decay_step else learning_rate + (min_learning_rate - learning_rate) * (
-            (step - decay_step) / (steps - decay_step))
-        lr *= min(1, (step + 1) / max(1, warmup_steps))
+        # Only for dropout that you may add: what a step draws below is decided by (seed, epoch, image).
+        torch.manual_seed(hash((seed, step, dist.rank)) % 2**63)
+
+        # Constant learning rate (after a warm-up), then linear decay from decay_epoch on.
+        decayed = max(0, step - decay_step) / max(1, steps - decay_step)
+        lr = (learning_rate + (min_learning_rate - learning_rate) * decayed) * min(1, (step + 1) / max(1, warmup_steps))
         for group in optimizer.param_groups:
             group["lr"] = lr
+
         total = 0
         for part in range(accumulate):
-            batch, names = progress.wait_for(loader)
-            bad += names
-            batch = {name: x.to(on, non_blocking=True) for name, x in batch.items()}
-            z = (batch["z"] if "z" in batch else encode_pixels(tcae, batch["pixels"], dist)).float()
+            # One stream of random numbers for each example, for any number of processes: is it mirrored, its time t,
+            # which is logit-normal(0, 1), its noise, and is its label dropped, so that the model learns the null class.
+            batch = next(loader)
+            rngs = [np.random.default_rng([seed, 0, step // steps_per_epoch, i]) for i in batch["index"].tolist()]
+            mirrored = torch.tensor([rng.random() < 0.5 for rng in rngs])
+            t = torch.tensor([1 / (1 + np.exp(-rng.standard_normal())) for rng in rngs], dtype=torch.float32)
+            noise = torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))
+            dropped = torch.tensor([rng.random() < label_dropout for rng in rngs])
+            labels = torch.where(dropped, classes, batch["label"])
+
+            # The latents z of the images or of their mirror images, already normalised per channel.
+            pair, mirrored, t, noise, labels = map(dist.to_device, (batch["pair"], mirrored, t, noise, labels))
+            z = torch.where(mirrored[:, None, None, None], pair[:, 1], pair[:, 0])
+            z = (z if store else encode(tcae, z, dist)).float()
+
+            # Flow matching: the model predicts the velocity noise - z at z_t = (1 - t) z + t noise. The larger the latent,
+            # the further t is shifted towards noise. Processes exchange gradients with the last micro-batch only.
             if dist.count > 1:
                 wrapped.require_backward_grad_sync = part == accumulate - 1
-            t = shift_time(batch["t"], shape, shift_base)
             with dist.autocast():
-                loss = flow_matching_loss(wrapped, z, batch["labels"], batch["noise"], t)
+                loss = flow_matching_loss(wrapped, z, labels, noise, shift_time(t, shape, shift_base))
             (loss / accumulate).backward()
             total = total + loss.detach() / accumulate
+
+        # Update the weights, and the average of them that samples are drawn with.
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
         runtime.update_ema(averaged, trained, ema_momentum)
         progress.add({"loss": total, "grad_norm": grad_norm})
 
+        # Log, save, draw samples. Only here do processes wait for their device; a NaN ends the run before it is saved.
         done, stopping = step + 1, dist.stop_requested()
         last = done == steps
         drawing, saving = done % sample_every == 0 or last, done % save_every == 0 or stopping or last
-        if done % log_every == 0 or saving or drawing:  # the only place that waits for the device
-            progress.report(lr)
-            bad_files.report(dist.gather(bad), dist)
-            bad = []
-        if saving:
-            save(done)
+        if done % log_every == 0 or saving or drawing:
+            progress.report(lr, loader.waited())
+            loader.report_bad_files()
+        if saving and dist.first:
+            runtime.save_checkpoint(path, {
+                "kind": "dit", "constants": constants, "dtype": str(dist.dtype).removeprefix("torch."),
+                "revision": runtime.git_revision(), "step": done, "finished": last, "images": len(images),
+                "classes": images.classes, "latents_of": latents_of, "latent_shape": shape,
+                "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
         if stopping and not last:
             progress.bar.close()
             dist.print(f"SIGTERM: saved {path} at step {done}; --resume=True goes on from there")
             return dist.close()
-        if drawing and dist.first:
-            draw_samples(ema, tcae, shape, class_names, picture, dist)
         if drawing:
+            if dist.first:
+                draw_samples(ema, tcae, shape, images.classes, picture, dist)
             progress.start_clock()
     progress.bar.close()
     dist.print(f"wrote {path} and {picture}: step {steps}")

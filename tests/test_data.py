@@ -1,4 +1,5 @@
 """Images in: what is on disk becomes the right RGB, every fault is one clear line, every step has its own images."""
+import contextlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
 import data
+import runtime
 import ssl
 from train_tokenizer import Views
 
@@ -19,7 +21,8 @@ def process(rank=0, count=1):
     lines = []
     return SimpleNamespace(rank=rank, count=count, first=rank == 0, device=torch.device("cpu"), lines=lines,
                            print=lambda *words: lines.append(" ".join(words)), gather=lambda items: items,
-                           sum=lambda tensor: tensor)
+                           sum=lambda tensor: tensor, stop=False, stop_requested=lambda: False, wait=lambda: None,
+                           autocast=contextlib.nullcontext)
 
 
 def failure(call, *arguments):
@@ -195,9 +198,11 @@ def test_training_asks_for_small_jpegs_and_evaluation_for_whole_ones(large_jpeg)
         def __call__(self, image, rng):
             return image.size
 
-    assert data.Augmented(source, Size(), seed=0)[0, 0] == ((800, 600), [])
-    assert data.Augmented(source, lambda image, rng: image.size, seed=0)[0, 0] == ((1600, 1200), [])
-    np.testing.assert_array_equal(data.Centered(source, 64)[0][0], adm_center_crop(Image.open(source.name(0)), 64))
+    for transform, (width, height) in (Size(), (800, 600)), (lambda image, rng: image.size, (1600, 1200)):
+        views, bad = data.TrainBatches(source, transform, seed=0)[[(0, 0)]]
+        assert (*views, bad) == (width, height, [])
+    crops, _, _ = data.CenterCrops(source, 64)[[0]]
+    np.testing.assert_array_equal(crops[0], adm_center_crop(Image.open(source.name(0)), 64))
 
 
 def test_classes_are_the_folders_in_alphabetical_order(folder):
@@ -219,7 +224,7 @@ def test_validation_images_may_stand_in_val_or_test(folder):
 def test_every_fault_of_the_folder_is_one_line_that_names_data_dir(folder):
     """What a person sees at the first try with their own images."""
     file = folder / "train" / "cat" / "0.png"
-    assert "file" in failure(data.open_split, str(file), "train", 32, 0)
+    assert "a file" in failure(data.open_split, str(file), "train", 32, 0)
     assert "no such folder" in failure(data.open_split, str(folder / "nowhere"), "train", 32, 0)
     assert "shapes" in failure(data.open_split, "", "train", 32, 0)
     assert "train/" in failure(data.open_split, str(folder / "train"), "train", 32, 0)
@@ -248,30 +253,67 @@ def test_undecodable_files_are_replaced_by_others_and_named(folder):
         broken.write_bytes(content)
         source = data.open_split(folder, "train", 32, 0)
         others = [np.asarray(source.load(i)).tobytes() for i in range(1, 4)]
-        dataset = data.Augmented(source, lambda image, rng: np.asarray(image), seed=0)
+        dataset = data.TrainBatches(source, lambda image, rng: np.asarray(image), seed=0)
         replacements = set()
         for epoch in range(8):
-            pixels, bad = dataset[epoch, 0]
-            assert pixels.tobytes() in others and set(bad) == {str(broken)}
-            assert np.array_equal(dataset[epoch, 0][0], pixels)
-            replacements.add(pixels.tobytes())
+            pixels, bad = dataset[[(epoch, 0)]]
+            assert pixels.numpy().tobytes() in others and set(bad) == {str(broken)}
+            assert torch.equal(dataset[[(epoch, 0)]][0], pixels)
+            replacements.add(pixels.numpy().tobytes())
         assert len(replacements) > 1
-        assert dataset[0, 1][0].tobytes() == others[0] and dataset[0, 1][1] == []
-        assert data.Centered(source, 16)[0] == (None, 0, [str(broken)]), \
-            "evaluation leaves it out: a replacement would count twice"
-    batch, = data.in_order(source, 16, 8, process())
-    assert batch[0].shape == (3, 16, 16, 3) and batch[1].tolist() == [1, 2, 3] and batch[2] == [str(broken)]
+        pixels, bad = dataset[[(0, 1)]]
+        assert pixels.numpy().tobytes() == others[0] and bad == []
+    pixels, indices, bad = data.CenterCrops(source, 16)[[0, 1, 2, 3]]  # evaluation leaves it out: none counts twice
+    assert pixels.shape == (3, 16, 16, 3) and indices.tolist() == [1, 2, 3] and bad == [str(broken)]
 
 
 def test_bad_files_are_named_once_and_stop_the_run_above_one_percent():
     """1 % exactly goes on; one more ends it with the list."""
-    bad_files, here = data.BadFiles(range(200)), process()
-    bad_files.report(["b.png", "a.png", "b.png"], here)
-    bad_files.report(["a.png"], here)
-    bad_files.report([], here)
+    here, reported = process(), set()
+
+    def report(bad):
+        data.report_bad_files(data.Shapes("train", 200, 32), 200, bad, reported, here)
+
+    report(["b.png", "a.png", "b.png"])
+    report(["a.png"])
+    report([])
     assert len(here.lines) == 2 and "a.png" in here.lines[0] and "b.png" in here.lines[1]
-    message = failure(bad_files.report, ["a.png", "c.png"], here)
+    message = failure(report, ["a.png", "c.png"])
     assert all(word in message for word in ("data_dir", "3 of 200", "a.png", "b.png", "c.png"))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_both_loaders_report_what_they_could_not_decode(folder, workers):
+    """Training when it is asked to, evaluation at its end; both stop, since one of four is too many. A source of nothing
+    else does not keep training in search of a replacement."""
+    broken = folder / "train" / "cat" / "0.png"
+    broken.write_bytes(b"")
+    source = data.open_split(folder, "train", 32, 0)
+    loader = data.TrainLoader(source, to_pixels, 2, 0, 2, 0, process(), workers=workers)
+    assert len(list(loader)) == 2 and 0 < loader.waited() < 60 and loader.waited() == 0
+    assert f"1 of 4 images can't be decoded, over 1%: {broken}" in failure(loader.report_bad_files)
+    assert f"1 of 4 images can't be decoded, over 1%: {broken}" in \
+        failure(list, data.eval_loader(source, 16, 2, process(), workers))
+    for path in source.paths:
+        open(path, "w").close()
+    assert str(broken) in failure(next, data.TrainLoader(source, to_pixels, 2, 0, 2, 0, process(), workers=workers))
+
+
+def to_pixels(image, rng):
+    return {"images": np.asarray(image)}
+
+
+def test_evaluation_breaks_off_when_it_is_told_to_stop():
+    """After the batch it is at; a process that got no signal learns of it at its own end."""
+    source, signalled, other = data.Shapes("val", 12, 16), process(), process()
+    signalled.stop_requested = other.stop_requested = lambda: True
+    for dist, batches in (signalled, 1), (other, 3):
+        seen, loader = [], data.eval_loader(source, 16, 4, dist)
+        with pytest.raises(runtime.Stopped):
+            for _, indices in loader:
+                seen.append(indices.tolist())
+                signalled.stop = True
+        assert len(seen) == batches
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -279,17 +321,17 @@ def test_bad_files_are_named_once_and_stop_the_run_above_one_percent():
 
 
 def steps_of(order, accumulate=1):
-    """The batches of an Order, micro-batches joined: a list of lists of (epoch, i)."""
+    """The batches of a training_order, micro-batches joined: a list of lists of (epoch, i)."""
     parts = list(order)
-    assert len(parts) == len(order)
     return [sum(parts[k:k + accumulate], []) for k in range(0, len(parts), accumulate)]
 
 
 def test_every_number_of_processes_sees_the_same_global_batches():
     """One GPU or eight, accumulating or not: step k is about the same images, each on exactly one process."""
-    alone = steps_of(data.Order(50, 8, 0, 15, seed=3))
+    alone = steps_of(data.training_order(50, 8, 0, 15, seed=3))
     for count, accumulate in (2, 1), (1, 2), (4, 2), (8, 1):
-        shares = [steps_of(data.Order(50, 8, 0, 15, 3, rank, count, accumulate), accumulate) for rank in range(count)]
+        shares = [steps_of(data.training_order(50, 8, 0, 15, 3, rank, count, accumulate), accumulate)
+                  for rank in range(count)]
         for step, batch in enumerate(alone):
             together = sum((share[step] for share in shares), [])
             assert sorted(together) == sorted(batch)
@@ -298,7 +340,7 @@ def test_every_number_of_processes_sees_the_same_global_batches():
 
 def test_each_epoch_is_a_new_permutation():
     """No image twice in an epoch; 50 images make 6 batches of 8, and the two left out differ between epochs."""
-    steps = steps_of(data.Order(50, 8, 0, 18, seed=3))
+    steps = steps_of(data.training_order(50, 8, 0, 18, seed=3))
     epochs = [sum(steps[6 * e:6 * e + 6], []) for e in range(3)]
     for number, items in enumerate(epochs):
         assert {epoch for epoch, _ in items} == {number}
@@ -306,14 +348,14 @@ def test_each_epoch_is_a_new_permutation():
         assert len(set(images)) == 48 and set(images) <= set(range(50)) and images != sorted(images)
     assert len({tuple(i for _, i in items) for items in epochs}) == 3
     assert len({frozenset(i for _, i in items) for items in epochs}) > 1
-    assert steps_of(data.Order(50, 8, 0, 6, seed=4)) != steps[:6]
+    assert steps_of(data.training_order(50, 8, 0, 6, seed=4)) != steps[:6]
 
 
 def test_starting_in_the_middle_gives_the_tail_of_the_whole_run():
     """A resumed run goes on where it stopped, within an epoch or between two."""
-    whole = steps_of(data.Order(50, 8, 0, 15, seed=3))
+    whole = steps_of(data.training_order(50, 8, 0, 15, seed=3))
     for start in (1, 6, 10, 15):
-        assert steps_of(data.Order(50, 8, start, 15, seed=3)) == whole[start:]
+        assert steps_of(data.training_order(50, 8, start, 15, seed=3)) == whole[start:]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -322,12 +364,12 @@ def test_a_resumed_loader_gives_the_same_tensors(workers):
     views = Views(ssl.MultiCrop(16, (0.25, 1.0), 8, (0.05, 0.25), 2, 4))
     views.image_size = 16
     source = data.Shapes("train", 12, 16)
-    whole = list(data.batches(source, views, 4, 0, 6, 0, process()))
-    tail = list(data.batches(source, views, 4, 4, 6, 0, process(), workers=workers))
-    for (expected, _), (got, bad) in zip(whole[4:], tail, strict=True):
-        assert bad == [] and expected.keys() == got.keys()
+    whole = list(data.TrainLoader(source, views, 4, 0, 6, 0, process()))
+    tail = list(data.TrainLoader(source, views, 4, 4, 6, 0, process(), workers=workers))
+    for expected, got in zip(whole[4:], tail, strict=True):
+        assert expected.keys() == got.keys()
         assert all(torch.equal(expected[name], got[name]) for name in expected)
-    assert not torch.equal(whole[0][0]["images"], whole[3][0]["images"])
+    assert not torch.equal(whole[0]["images"], whole[3]["images"])
 
 
 def test_loading_warns_of_nothing(recwarn):
@@ -336,7 +378,7 @@ def test_loading_warns_of_nothing(recwarn):
     views.image_size = 24
     torch.set_warn_always(True)
     try:
-        list(data.batches(data.Shapes("train", 8, 32), views, 4, 0, 2, 0, process()))
+        list(data.TrainLoader(data.Shapes("train", 8, 32), views, 4, 0, 2, 0, process()))
     finally:
         torch.set_warn_always(False)
     assert [str(warning.message) for warning in recwarn] == []
@@ -347,8 +389,8 @@ def test_evaluation_takes_each_image_once(count):
     """Shared by all processes, none dropped, none twice; a part of them is spread evenly over the classes."""
     source = data.Shapes("val", 35, 16)
     for wanted, images in (35, 0), (35, 100), (20, 20), (1, 1):
-        loaders = [data.in_order(source, 16, 4, process(rank, count), images=images) for rank in range(count)]
-        seen = {i: pixels for loader in loaders for batch, indices, _ in loader
+        loaders = [data.eval_loader(source, 16, 4, process(rank, count), images=images) for rank in range(count)]
+        seen = {i: pixels for loader in loaders for batch, indices in loader
                 for i, pixels in zip(indices.tolist(), batch, strict=True)}
         assert len(seen) == wanted and len({pixels.numpy().tobytes() for pixels in seen.values()}) == wanted
         assert all(np.array_equal(pixels, data.center_crop(source.load(i), 16)) for i, pixels in seen.items())

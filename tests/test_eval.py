@@ -319,10 +319,10 @@ def test_psnr_and_ssim_equal_skimage_s(height, width):
     ratio = [peak_signal_noise_ratio(x, y, data_range=255) for x, y in zip(a[:-1].numpy(), b[:-1].numpy())]
     steep = [np.mean([np.hypot(np.diff(x, axis=0)[:, :-1], np.diff(x, axis=1)[:-1])]) for x in
              (set.double().movedim(0, -1).numpy() for set in (a[:-1], b[:-1]))]
-    sums = stage4.PairSums(None, CPU)
-    sums.add(a[:1], b[:1])
-    sums.add(a[1:-1], b[1:-1])
-    assert sums.means(process()) == (5, {"PSNR": pytest.approx(np.mean(ratio), abs=1e-4), "LPIPS": None,
+    sums = stage4.PairMetrics(6, 48, process())
+    sums.add(a[:1], b[:1], torch.arange(1))
+    sums.add(a[1:-1], b[1:-1], torch.arange(1, 5))
+    assert sums.results(process()) == (5, {"rFID": None, "PSNR": pytest.approx(np.mean(ratio), abs=1e-4), "LPIPS": None,
                                          "SSIM": pytest.approx(np.mean(similarity[:-1]), abs=1e-4),
                                          "sharpness": pytest.approx(steep[1] / steep[0])})
 
