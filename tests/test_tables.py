@@ -131,7 +131,7 @@ def test_every_command_is_valid(monkeypatch, capsys, scripts, tables, tmp_path, 
     for path, constants, out, processes in commands:
         assert {constants[name] for name in FILES[path][0]} <= written, path
         written.add(out)
-        if path.startswith("train_"):
+        if path.startswith(("train_", "finetune_")):
             assert constants["resume"] and processes == (8 if scale == "imagenet" else 1)
             with monkeypatch.context() as changed:
                 for name, value in constants.items():
@@ -183,7 +183,7 @@ class Stages:
         path, constants, out = parsed(words, self.scripts)
         self.ran.append((path, constants))
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        if path.startswith("train_"):
+        if path.startswith(("train_", "finetune_")):
             done = self.finished if path == "train_dit.py" else True
             runtime.save_checkpoint(out, {"finished": done, "constants": constants})
         elif path == "eval.py":
@@ -231,11 +231,11 @@ def test_guidance_is_chosen_on_few_samples_and_measured_on_all(run, scripts, tmp
 def test_rows_that_tables_share_run_once(run, scripts):
     stages = Stages(scripts)
     run(stages, table="2")
-    first = [constants["out_dir"] for path, constants in stages.ran if path.startswith("train_")]
+    first = [constants["out_dir"] for path, constants in stages.ran if path.startswith(("train_", "finetune_"))]
     assert len(first) == len(set(first)) == 8
     stages.ran.clear()
     printed = run(stages, table="2,3,8", accumulate=2)
-    later = [constants["out_dir"] for path, constants in stages.ran if path.startswith("train_")]
+    later = [constants["out_dir"] for path, constants in stages.ran if path.startswith(("train_", "finetune_"))]
     assert len(later) == len(set(later)) == 14 and not set(first) & set(later)
     assert {constants["accumulate"] for path, constants in stages.ran if path == "train_tokenizer.py"} == {2}
     assert printed.count("| p8-none | 0.500 (1.33)") == 2
@@ -329,7 +329,7 @@ def test_a_table_is_made_and_made_only_once(monkeypatch, capsys, tmp_path):
     constants = dict(table=4, scale="shapes", out_dir=tmp_path, cfg_scales="1.5,4,9")
     call(monkeypatch, **constants)
     printed = capsys.readouterr().out
-    assert ran == ["train_tokenizer.py", "eval.py", "train_tokenizer.py", "eval.py", "train_dit.py"] + 4 * [
+    assert ran == ["train_tokenizer.py", "eval.py", "finetune_decoder.py", "eval.py", "train_dit.py"] + 4 * [
         "sample.py", "eval.py"]
 
     row = tmp_path / "p8-stc-SB-system"
