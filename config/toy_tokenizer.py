@@ -1,4 +1,4 @@
-"""What runs/rows.sh trains with SCALE=shapes: so small that a row takes half a minute, and learns nothing."""
+"""What runs/tables.py trains with --scale=shapes: so small that a row takes half a minute, and learns nothing."""
 data_dir = "shapes"
 image_size = 32
 shapes_images = 320

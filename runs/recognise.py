@@ -58,11 +58,17 @@ def reconstructions(tcae, split, count, size):
     return torch.cat(out), torch.tensor(source.labels)
 
 
-def train(pixels, labels, classes):
+def main():
+    runtime.configure(globals())
+    saved = runtime.load_checkpoint(tokenizer, "tokenizer", kind="tokenizer")
+    check(saved["constants"]["data_dir"] == "shapes", f"tokenizer={tokenizer} was not trained on the shapes")
+    tcae, size = TCAE.from_checkpoint(saved), saved["constants"]["image_size"]
+    check(size == 32, f"tokenizer={tokenizer}: the classifier is made for images of 32 pixels, not {size}")
+    names = data.Shapes.classes
+    pixels, labels = reconstructions(tcae, "train", images, size)
     torch.manual_seed(seed)
-    network = Classifier(classes)
+    network, steps = Classifier(len(names)), epochs * (len(pixels) // batch_size)
     optimizer = torch.optim.AdamW(network.parameters())
-    steps = epochs * (len(pixels) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     for step in tqdm(range(steps), desc="classifier"):
         chosen = torch.randint(len(pixels), (batch_size,))
@@ -74,17 +80,7 @@ def train(pixels, labels, classes):
         loss.backward()
         optimizer.step()
         schedule.step()
-    return network.eval()
-
-
-def main():
-    runtime.configure(globals())
-    saved = runtime.load_checkpoint(tokenizer, "tokenizer", kind="tokenizer")
-    check(saved["constants"]["data_dir"] == "shapes", f"tokenizer={tokenizer} was not trained on the shapes")
-    tcae, size = TCAE.from_checkpoint(saved), saved["constants"]["image_size"]
-    check(size == 32, f"tokenizer={tokenizer}: the classifier is made for images of 32 pixels, not {size}")
-    names = data.Shapes.classes
-    network = train(*reconstructions(tcae, "train", images, size), len(names))
+    network.eval()
     with torch.no_grad():
         pixels, labels = reconstructions(tcae, "val", 2000, size)
         known = (network(pixels)[1].argmax(1) == labels).float().mean()
@@ -95,8 +91,7 @@ def main():
             right = network(pixels)[1].argmax(1) == labels
             each = ", ".join(f"{name} {right[labels == k].float().mean():.0%}" for k, name in enumerate(names))
             print(f"of {len(labels)} samples it recognises {right.float().mean():.1%} ({each})")
-    example = torch.zeros(2, size, size, 3, dtype=torch.uint8)
-    batch = torch.export.Dim("batch", min=1)
+    example, batch = torch.zeros(2, size, size, 3, dtype=torch.uint8), torch.export.Dim("batch", min=1)
     torch.export.save(torch.export.export(network, (example,), dynamic_shapes=({0: batch},)), feature_net)
     print(f"wrote {feature_net}")
 
