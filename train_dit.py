@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 train_dit.py --tokenizer=out/tokenizer/checkpoint.pt --data_dir=imagenet
 
 The first run encodes the data set and its mirror image once, into latents.cache (ImageNet at 8 × 8 × 128: 42 GB on
-disk, memory-mapped, so never in memory); if it is interrupted, the next run continues. The tokenizer's settings are read
+disk, memory-mapped, so never in memory); if it is interrupted, the next run continues. The tokenizer's settings come
 from its checkpoint. Writes out_dir/checkpoint.pt, log.jsonl and samples.png.
 """
 import copy
@@ -84,8 +84,8 @@ def check_constants(dist):
 
 
 class Pairs:
-    """A source for data.TrainLoader: an image and its mirror image as latents of the cache, (2, c, h, w) float16, or without
-    `store` as pixels, (2, H, W, 3) uint8."""
+    """A source for data.TrainLoader: each image and its mirror image, as latents (2, c, h, w) float16 from the cache,
+    or without one as pixels (2, H, W, 3) uint8."""
 
     def __init__(self, images, image_size, store=None):
         self.images, self.image_size, self.store, self.constant = images, image_size, store, images.constant
@@ -246,9 +246,9 @@ def main():
             z = torch.where(mirrored[:, None, None, None], pair[:, 1], pair[:, 0])
             z = (z if store else encode(tcae, z, dist)).float()
 
-            # Flow matching: the model predicts the velocity noise - z at z_t = (1 - t) z + t noise. The larger the latent,
-            # the further t is shifted towards noise. Processes exchange gradients with the last micro-batch only.
-            if dist.count > 1:
+            # Flow matching: the model predicts the velocity noise - z at z_t = (1 - t) z + t noise. The larger the
+            # latent, the further t is shifted towards noise.
+            if dist.count > 1:  # gradients are exchanged once a step
                 wrapped.require_backward_grad_sync = part == accumulate - 1
             with dist.autocast():
                 loss = flow_matching_loss(wrapped, z, labels, noise, shift_time(t, shape, shift_base))
