@@ -24,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from tqdm import tqdm
 
 import data
 import runtime
@@ -498,7 +497,7 @@ def cropped(source, name, size, processes, images=0, title="", keep_empty=False)
     """Batches of a source's centre crops, (uint8 (b, size, size, 3), their indices (b,)), this process's share. Names
     undecodable files, which are left out, and stops if they are more than 1 %. `name`: the constant it came from."""
     bad, loader = [], data.in_order(source, size, batch_size, processes, workers, images)
-    for pixels, indices, names in tqdm(loader, desc=title, disable=not processes.first or not title):
+    for pixels, indices, names in runtime.bar(loader, processes, desc=title) if title else loader:
         bad += names
         if len(pixels) or keep_empty:
             yield pixels, indices

@@ -324,6 +324,11 @@ def git_revision():
         return ""
 
 
+def bar(items, processes, **words):
+    """tqdm's bar over `items`, drawn by the first process on a terminal. A file would get it a thousand times."""
+    return tqdm(items, disable=None if processes.first else True, **words)
+
+
 class Log:
     """log.jsonl: one line per logged step, written by the first process. Lines after `step` are cut off: a run that was
     killed after its last checkpoint does them again."""
@@ -340,16 +345,17 @@ class Log:
 
 
 class Progress:
-    """What a training loop shows and writes while it runs: the bar, the log, and the check that all numbers are finite.
+    """What a training loop shows and writes while it runs: the bar, or where no terminal can redraw it a line per
+    report, the log, and the check that all numbers are finite.
 
     `add` a step's terms without waiting for the device; `report` waits for it, once for all steps since the last one.
     """
 
     def __init__(self, out_dir, start, steps, batch_size, processes):
-        self.processes, self.batch_size, self.step = processes, batch_size, start
+        self.processes, self.batch_size, self.step, self.steps = processes, batch_size, start, steps
         self.checkpoint = Path(out_dir, "checkpoint.pt")
         self.log = Log(Path(out_dir, "log.jsonl"), start) if processes.first else None
-        self.bar = tqdm(total=steps, initial=start, disable=not processes.first, unit="step", smoothing=0.05)
+        self.bar = bar(None, processes, total=steps, initial=start, unit="step", smoothing=0.05)
         self.pending, self.since, self.waited = [], time.perf_counter(), 0.0
 
     def wait_for(self, loader):
@@ -383,7 +389,12 @@ class Progress:
         speed = self.batch_size * len(self.pending) / seconds
         means = {name: sum(values) / len(values) for name, values in by_name.items()}
         self.write(**means, lr=lr, seconds=seconds, images_per_second=speed, waiting=self.waited / seconds)
-        self.bar.set_postfix({**{name: f"{value:.3f}" for name, value in means.items()}, "img/s": f"{speed:.0f}"})
+        shown = {**{name: f"{value:.3f}" for name, value in means.items()}, "img/s": f"{speed:.0f}"}
+        self.bar.set_postfix(shown)
+        if self.bar.disable:
+            left = tqdm.format_interval((self.steps - self.step) * seconds / len(self.pending))
+            terms = ", ".join(f"{name} {value}" for name, value in shown.items())
+            self.processes.print(f"step {self.step}/{self.steps}: {terms}, {left} left")
         self.pending = []
         self.start_clock()
 

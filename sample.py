@@ -12,7 +12,6 @@ import os
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import data
 import runtime
@@ -98,7 +97,7 @@ def main():
         os.remove(part)  # begun by another call, for other samples
     store = data.Store.shared(part, about, len(labels), (side, side, 3), np.uint8, processes)
     todo = store.to_do(processes)
-    for k in tqdm(range(0, len(todo), batch_size), desc="sampling", unit="batch", disable=not processes.first):
+    for k in runtime.bar(range(0, len(todo), batch_size), processes, desc="sampling", unit="batch"):
         indices = todo[k:k + batch_size]
         store.put(indices, draw(dit, tcae, indices, labels[indices], shape, saved["constants"]["shift_base"],
                                 processes).numpy())

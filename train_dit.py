@@ -12,7 +12,6 @@ import os
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import data
 import runtime
@@ -140,7 +139,7 @@ def fill_cache(store, tcae, source, image_size, bad_files, processes):
     loader = torch.utils.data.DataLoader(torch.utils.data.Subset(data.Centered(source, image_size), todo.tolist()),
                                          batch_size=max(1, min(128, 128**3 // image_size**2)), num_workers=workers,
                                          collate_fn=data.collate_centered, worker_init_fn=data.outlive_sigterm)
-    for pixels, indices, names in tqdm(loader, desc="encoding the data set once", disable=not processes.first):
+    for pixels, indices, names in runtime.bar(loader, processes, desc="encoding the data set once"):
         bad += names
         if len(pixels):
             both = torch.stack([pixels, pixels.flip(2)], dim=1).flatten(0, 1)  # (2 b, H, W, 3): image, mirror image, …

@@ -18,7 +18,6 @@ import numpy as np
 import scipy.linalg
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 import runtime
@@ -340,8 +339,8 @@ def measure_latents(tcae, source, bad_files, processes):
     tcae.latent_mean.zero_(), tcae.latent_std.fill_(1)
     sums, bad = torch.zeros(2, latent_channels, dtype=torch.float64), []
     count = torch.zeros((), dtype=torch.float64)
-    for pixels, _, names in tqdm(data.in_order(source, image_size, eval_batch(), processes, workers, stats_images),
-                                 desc="latent statistics", disable=not processes.first):
+    for pixels, _, names in runtime.bar(data.in_order(source, image_size, eval_batch(), processes, workers,
+                                                      stats_images), processes, desc="latent statistics"):
         bad += names
         if not len(pixels):
             continue
