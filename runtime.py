@@ -186,16 +186,19 @@ class Processes:
         votes = self.sum(torch.tensor(float(seconds(torch.bfloat16) < 0.5 * seconds(torch.float32))))
         return votes.item() == self.count
 
-    def compiles(self, wanted):
-        """Whether blocks are to be compiled, by the constant `compile`: "True", "False" or "auto" (on CUDA alone)."""
+    def compiles(self, wanted, pays=False):
+        """Whether blocks are to be compiled, by the constant `compile`: "True", "False" or "auto", which is yes on
+        CUDA, and on a CPU where it `pays` and there is a C++ compiler."""
         check(wanted in ("auto", "True", "False"), f"compile={wanted!r}: it is 'auto', True or False")
-        if wanted == "True":
+        if wanted == "True" or wanted == "auto" and pays and self.device.type == "cpu":
             try:
                 torch.compile(lambda x: x + 1)(torch.ones(2, device=self.device))
+                return True
             except Exception as error:
-                fail("compile=True does not work here (a CPU needs a C++ compiler for it): "
-                     f"{str(error).splitlines()[0]}", everywhere=False)
-        return wanted == "True" or wanted == "auto" and self.device.type == "cuda"
+                if wanted == "True":
+                    fail("compile=True does not work here (a CPU needs a C++ compiler for it): "
+                         f"{str(error).splitlines()[0]}", everywhere=False)
+        return wanted == "auto" and self.device.type == "cuda"
 
     def autocast(self):
         """A context in which matrix products run in `dtype`."""

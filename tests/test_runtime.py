@@ -159,17 +159,20 @@ def test_a_device_or_type_that_is_not_there_is_named(arguments, name):
 
 
 def test_when_blocks_are_compiled(monkeypatch):
-    """By default on CUDA alone; by True wherever it works, and where it does not, that is one line."""
-    def compiles(wanted, device="cpu"):
-        return runtime.Processes.compiles(SimpleNamespace(device=torch.device(device)), wanted)
+    """By default on CUDA, and on a CPU where it pays and works; by True wherever it works, and where it does not, that
+    is one line."""
+    def compiles(wanted, device="cpu", pays=False):
+        return runtime.Processes.compiles(SimpleNamespace(device=torch.device(device)), wanted, pays)
 
     def broken(call):
         raise RuntimeError("No working C++ compiler found\nTraceback and so on")
 
     monkeypatch.setattr(torch, "compile", lambda call: call)
     assert [compiles(wanted) for wanted in ("auto", "True", "False")] == [False, True, False]
+    assert [compiles(wanted, pays=True) for wanted in ("auto", "True", "False")] == [True, True, False]
     assert "compile='yes'" in failure(compiles, "yes")
     monkeypatch.setattr(torch, "compile", broken)
+    assert [compiles("auto", device, pays=True) for device in ("cpu", "cuda", "mps")] == [False, True, False]
     assert [compiles(wanted, "cuda") for wanted in ("auto", "False")] == [True, False]
     assert "compile=True" in (message := failure(compiles, "True")) and message.endswith("C++ compiler found")
 
