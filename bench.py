@@ -203,7 +203,7 @@ def tokenizer_step(images, processes, plain=False):
         perceptual = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
         runtime.lpips_in_autocast(perceptual.to(on).requires_grad_(False), processes)
     model = JointTokenizer(tcae, heads, multi_crop and multi_crop.masks)
-    optimizer = stage1.build_optimizer(model, on)
+    optimizer = stage1.build_optimizer(model, processes)
     student = [*tcae.encoder.parameters(), *heads.parameters()] if joint else []
     teachers = [*teacher["encoder"].parameters(), *teacher["heads"].parameters()] if joint else []
     source = data.Shapes("train", images, stage1.image_size)
@@ -215,8 +215,7 @@ def tokenizer_step(images, processes, plain=False):
         loss, _ = stage1.losses(model, teacher, ibot, perceptual, adversary, views, 0.9, processes)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), stage1.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(stage1.learning_rate)
         if joint:
             ibot.update_centers()
             runtime.update_average(teachers, student, stage1.teacher_momentum)
@@ -237,7 +236,7 @@ def generator_step(images, processes):
     on, shape = processes.device, latent_shape()
     model = LightningDiT(stage2.size, shape[0], shape[1], 1000).to(on)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=on.type in ("cuda", "cpu"))
+    optimizer = runtime.Optimizer(model, vars(stage2), processes)
     z, noise = torch.randn(2, images, *shape, device=on)
     t, labels = torch.rand(images, device=on), torch.randint(1000, (images,), device=on)
     trained, averaged = list(model.parameters()), list(ema.parameters())
@@ -247,8 +246,7 @@ def generator_step(images, processes):
             loss = flow_matching_loss(model, z, labels, noise, t)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, stage2.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(stage2.learning_rate)
         runtime.update_average(averaged, trained, stage2.ema_momentum)
 
     return step, [model]

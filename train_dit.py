@@ -39,6 +39,8 @@ learning_rate = 2e-4  # after the warm-up
 min_learning_rate = 2e-5  # at the end, if it decays
 decay_epoch = 0.0  # from this epoch to the last the rate falls linearly (Table 4: 40 of 800); 0 = it is constant
 warmup_steps = 0  # over which the rate rises from 0
+optimizer = "adamw"  # or "muon": Muon for the matrices inside blocks, AdamW for the rest
+muon_rate = 3.0  # Muon's learning rate, times learning_rate
 betas = (0.9, 0.95)  # AdamW
 weight_decay = 0.0  # of all weights
 grad_clip = 1.0  # largest norm of the gradient; 0 = any
@@ -70,6 +72,7 @@ def check_constants(processes):
     shares = processes.count * accumulate
     check(batch_size % shares == 0,
           f"batch_size={batch_size} must be a multiple of {shares} (processes × accumulate)")
+    check(optimizer in runtime.OPTIMIZERS, f"optimizer={optimizer!r}: it is {' or '.join(runtime.OPTIMIZERS)}")
     for name in "label_dropout", "ema_momentum":
         check(globals()[name] <= 1, f"{name}={globals()[name]} must be between 0 and 1")
     try:
@@ -254,8 +257,7 @@ def main():
     torch.manual_seed(seed)  # again: how many random numbers encoding took must not matter
     model = LightningDiT(size, shape[0], shape[1], classes).to(on)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay,
-                                  fused=on.type in ("cuda", "cpu"))
+    optimizer = runtime.Optimizer(model, constants, processes)
     processes.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(source)} images of "
                     f"{classes} classes as latents {' × '.join(map(str, shape))}; {steps} steps of {batch_size}")
     start = 0
@@ -293,8 +295,6 @@ def main():
         lr = learning_rate if step < decay_step else learning_rate + (min_learning_rate - learning_rate) * (
             (step - decay_step) / (steps - decay_step))
         lr *= min(1, (step + 1) / max(1, warmup_steps))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
         total = 0
         for part in range(accumulate):
             batch, names = progress.wait_for(loader)
@@ -309,8 +309,7 @@ def main():
             (loss / accumulate).backward()
             total = total + loss.detach() / accumulate
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or float("inf"))
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(lr)
         runtime.update_average(averaged, trained, ema_momentum)
         progress.add({"loss": total, "grad_norm": grad_norm})
 

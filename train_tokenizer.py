@@ -77,6 +77,8 @@ accumulate = 1  # micro-batches per step and process: less memory, the same grad
 learning_rate = 1e-3  # at the end of the warm-up
 min_learning_rate = 1e-6  # at the end
 warmup_epochs = 5.0  # over which the rate rises from 0
+optimizer = "adamw"  # or "muon": Muon for the matrices inside blocks and MLPs, AdamW for the rest
+muon_rate = 3.0  # Muon's learning rate, times learning_rate
 betas = (0.9, 0.95)  # AdamW
 weight_decay = 0.04  # of matrices; biases, norms and tokens have none
 grad_clip = 3.0  # largest norm of the whole gradient (iBOT's bound is for each tensor's); 0 = any
@@ -116,6 +118,8 @@ def check_constants(processes):
     check(discriminator_weights == "random" or (discriminator_size, discriminator_input) == ("S", 224),
           f"discriminator_size={discriminator_size!r}, discriminator_input={discriminator_input}: DINO's weights are "
           "for S and 224; --discriminator_weights=random for others")
+    check(optimizer in runtime.OPTIMIZERS, f"optimizer={optimizer!r}: it is {' or '.join(runtime.OPTIMIZERS)}")
+    check(optimizer == "adamw" or not init_from, f"optimizer={optimizer!r}: init_from trains the decoder with 'adamw'")
     check(decoder_ema < 1, f"decoder_ema={decoder_ema} must be below 1")
     check(not decoder_ema or init_from, f"decoder_ema={decoder_ema} needs --init_from=CHECKPOINT")
     check(not adversarial_weight or adversarial_start < epochs,
@@ -179,14 +183,10 @@ def build_ssl(tcae, processes):
     return heads, teacher, ibot, multi_crop
 
 
-def build_optimizer(model, on):
-    """AdamW with weight decay on matrices and convolutions alone."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    tokens = {id(model.tcae.encoder.cls_token), id(model.tcae.encoder.mask_token)}
-    decayed = [p for p in trained if p.ndim > 1 and id(p) not in tokens]
-    kept = [p for p in trained if p.ndim <= 1 or id(p) in tokens]
-    return torch.optim.AdamW([{"params": decayed}, {"params": kept, "weight_decay": 0.0}], lr=learning_rate,
-                             betas=betas, weight_decay=weight_decay, fused=on.type in ("cuda", "cpu"))
+def build_optimizer(model, processes):
+    """With weight decay on matrices and convolutions alone."""
+    return runtime.Optimizer(model, globals(), processes,
+                             undecayed=lambda name, p: p.ndim <= 1 or name.endswith(("cls_token", "mask_token")))
 
 
 class Adversary:
@@ -438,7 +438,7 @@ def main():
     if perceptual:
         runtime.lpips_in_autocast(perceptual, processes)
     model = JointTokenizer(tcae, heads, multi_crop and multi_crop.masks)
-    optimizer = build_optimizer(model, on)
+    optimizer = build_optimizer(model, processes)
     processes.print(f"parameters: encoder {count_parameters(tcae.encoder, tcae.bottleneck):.1f} M, "
                     f"decoder {count_parameters(tcae.decoder):.1f} M"
                     + (f", head {count_parameters(heads):.1f} M" if heads else ""))
@@ -487,8 +487,6 @@ def main():
         # for the discriminator's augmentation, or a dropout you may add; images and views have their own, see data.py
         torch.manual_seed(hash((seed, step, processes.rank)) % 2**63)
         lr = runtime.cosine(step, steps, learning_rate, min_learning_rate, warmup_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
         step_terms = {}
         for part in range(accumulate):
             views, names = progress.wait_for(loader)
@@ -504,8 +502,7 @@ def main():
             for head in heads:
                 head.prototypes.grad = None
         step_terms["grad_norm"] = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf"))
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(lr)
         if ibot:
             ibot.update_centers()
             momentum = runtime.cosine(step, steps, teacher_momentum, 1.0)
