@@ -70,6 +70,17 @@ def test_what_is_trained_is_compiled(base, tmp_path, monkeypatch):
     assert [type(network).__name__ for network in compiled] == ["JointTokenizer", "LightningDiT", "LightningDiT"]
 
 
+def test_a_long_run_on_a_cpu_is_compiled_by_itself(base, tmp_path, monkeypatch):
+    """The demo's is, and these tests' are not."""
+    asked = []
+    monkeypatch.setattr(runtime.Distributed, "compiles", lambda _, wanted, pays=False: asked.append((wanted, pays)))
+    monkeypatch.setattr(data, "TrainLoader", lambda *_: iter([]))  # an end before the first step
+    for changes in {}, {"size": "192/6/6", "epochs": 400, "batch_size": 64}:
+        with pytest.raises(StopIteration):
+            run_here(train_dit, **{**constants(base, tmp_path), **changes})
+    assert asked == [("auto", False), ("auto", False), ("auto", False), ("auto", True)]
+
+
 @pytest.fixture
 def train(base, tmp_path):
     """train(**changes) runs train_dit's main() in this process, on the cache, into tmp_path."""
@@ -412,7 +423,7 @@ def test_the_null_class_is_trained(base, train, tmp_path):
     """Guidance needs it; without label dropout its embedding gets no gradient at all."""
     train(label_dropout=0, epochs=1, decay_epoch=1)
     names = [name for name, _ in LightningDiT("32/2/2", *SHAPE[:2], 10).named_parameters()]
-    moments = [checkpoint(out_dir)["optimizer"]["state"][names.index("class_embed.weight")]["exp_avg_sq"]
+    moments = [checkpoint(out_dir)["optimizer"]["adamw"]["state"][names.index("class_embed.weight")]["exp_avg_sq"]
                for out_dir in (base / "run", tmp_path)]
     assert (moments[0].sum(1) > 0).all()  # all ten classes and the null class
     assert (moments[1][:10].sum(1) > 0).all() and not moments[1][10].any()
@@ -546,6 +557,33 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights(base, trai
     assert [line["step"] for line in log(tmp_path)] == list(range(1, 41))
 
 
+def test_muon_trains_resumes_and_splits(base, tmp_path):
+    """Stopped and resumed the same bit for bit; accumulated and in two processes the same run."""
+    same, add = {**constants(base, tmp_path), **TEN, "optimizer": "muon"}, runtime.Progress.add
+
+    def add_and_stop(progress, terms):
+        add(progress, terms)
+        if progress.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime.Progress, "add", add_and_stop)
+        run_here(train_dit, **{**same, "out_dir": tmp_path / "stopped"})
+    run_here(train_dit, **{**same, "out_dir": tmp_path / "stopped", "resume": True})
+    run_here(train_dit, **{**same, "out_dir": tmp_path / "straight"})
+    ours, theirs = (tensors(checkpoint(tmp_path / name)) for name in ("stopped", "straight"))
+    assert ours.keys() == theirs.keys() and any("/muon/" in name for name in ours)
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    run_here(train_dit, **{**same, "out_dir": tmp_path / "accumulated", "accumulate": 2})
+    fork_two(run_two, **{**same, "out_dir": tmp_path / "two"})
+    for other in "accumulated", "two":
+        assert_the_same_run(tmp_path / "straight", tmp_path / other)
+
+
+def run_two(**constants):
+    run_here(train_dit, **constants)
+
+
 def test_a_finished_run_that_is_resumed_changes_nothing(base, train, tmp_path, capsys):
     """A job that is queued again after its end: it says so, and does not even encode."""
     before = {name: tensor.clone() for name, tensor in tensors(checkpoint(base / "run")).items()}
@@ -566,7 +604,8 @@ def assert_the_same_run(one, other):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
     a, b = checkpoint(one), checkpoint(other)
-    gradients = [torch.cat([state["exp_avg"].flatten() for state in x["optimizer"]["state"].values()]) for x in (a, b)]
+    gradients = [torch.cat([mean.flatten() for name, mean in tensors(x["optimizer"]).items()
+                            if name.endswith(("/exp_avg", "/mean"))]) for x in (a, b)]
     assert gradients[0].norm() > 0.05 and (gradients[0] - gradients[1]).norm() < 1e-3 * gradients[0].norm()
     for part in "model", "ema":
         x, y = (torch.cat([tensor.flatten() for tensor in state[part].values()]) for state in (a, b))
@@ -770,6 +809,7 @@ def test_another_call_does_not_go_on_with_samples_that_were_begun(draw, monkeypa
     (dict(epochs=0), ["epochs=0"]), (dict(sample_steps=0), ["sample_steps=0"]), (dict(save_every=0), ["save_every=0"]),
     (dict(label_dropout=1.5), ["label_dropout=1.5"]), (dict(ema_momentum=1.5), ["ema_momentum=1.5"]),
     (dict(decay_epoch=5), ["decay_epoch=5", "epochs=4"]), (dict(betas="(0.9, 1.0)"), ["betas=(0.9, 1.0)"]),
+    (dict(optimizer="sgd"), ["optimizer='sgd'", "adamw or muon"]),
     (dict(dtype="float16"), ["dtype='float16'"]), (dict(device="abacus"), ["device='abacus'"]),
     (dict(cache="/nonexistent/x.cache"), ["cache=/nonexistent/x.cache"]), (dict(seed=2**63), [f"seed={2**63}"]),
     (dict(data_dir="/nonexistent/images"), ["data_dir=/nonexistent/images"]),
