@@ -1,4 +1,4 @@
-"""The optimizers of the training loops: AdamW, the paper's; or Muon for the matrices, which learns in a third of the steps.
+"""The optimizers of the training loops: AdamW, the paper's, or Muon for the matrices, which needs a third of the steps.
 
     Optimizer            what the constant `optimizer` names
     Muon, orthogonal     its update
@@ -56,9 +56,9 @@ class Muon(torch.optim.Optimizer):
     of W's gradients: all directions it points to count the same. With that factor, updates are as large as AdamW's
     (Moonlight, arXiv 2502.16982).
 
-    It is torch.optim.Muon(adjust_lr_fn="match_rms_adamw") but for `dtype`, that of its products: PyTorch's are always in
-    bfloat16, which takes a processor without such products sixteen times as long as float32. (q, k and v are one matrix
-    here: taken apart they learn no better, beyond what two seeds differ by.)
+    It is torch.optim.Muon(adjust_lr_fn="match_rms_adamw") but for `dtype`, that of its products: PyTorch's are always
+    in bfloat16, which takes a processor without such products sixteen times as long as float32. (q, k and v are one
+    matrix here: taken apart they learn no better, beyond what two seeds differ by.)
     """
 
     def __init__(self, matrices, dtype, lr=1e-3, momentum=0.95, weight_decay=0.0):

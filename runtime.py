@@ -190,8 +190,8 @@ class Distributed:
         return votes.item() == self.count
 
     def compiles(self, wanted, pays=False):
-        """Whether to compile the blocks, by the constant `compile`: "True", "False" or "auto", which is yes on CUDA, and
-        on a CPU where it `pays` and there is a C++ compiler."""
+        """Whether to compile the blocks, by the constant `compile`: "True", "False" or "auto", which is yes on CUDA,
+        and on a CPU where it `pays` and there is a C++ compiler."""
         check(wanted in ("auto", "True", "False"), f"compile={wanted!r}: it is 'auto', True or False")
         if wanted == "True" or wanted == "auto" and pays and self.device.type == "cpu":
             try:
@@ -333,7 +333,7 @@ def git_revision():
 
 
 def bar(items, dist, **options):
-    """tqdm's bar over `items`, drawn by the first process and on a terminal only: in a log file every redrawing stays."""
+    """tqdm's bar over `items`, drawn by the first process, and only on a terminal: a file would keep each redrawing."""
     return tqdm(items, disable=None if dist.first else True, **options)
 
 

@@ -214,8 +214,8 @@ def main():
         optimizer.load_state_dict(resumed["optimizer"])
         dist.print(f"resumed from {path} at step {start}")
     trained, averaged = list(model.parameters()), list(ema.parameters())
-    # On a CPU compiling costs 10 to 40 s, and steps then take 0.65 to 0.8 of the time: it pays where all of them, of six
-    # operations per weight and token, take minutes. (By the constants alone, so that a resumed run decides the same.)
+    # On a CPU compiling takes 10 to 40 s, after which steps take 0.65 to 0.8 of the time: it pays where all steps, of
+    # six operations per weight and token, take minutes. (Only the constants decide, so a resumed run does the same.)
     operations = 6 * sum(p.numel() for p in trained) * side**2 * batch_size * steps
     if dist.compiles(compile, pays=operations > 2e13):
         compile_blocks(model, ema)

@@ -192,7 +192,8 @@ def main():
         multi_crop = ssl.MultiCrop(global_crop_size, global_crop_scale, local_crop_size, local_crop_scale, local_crops,
                                    tcae.encoder.output_patch, method["masks"])
     model = JointTokenizer(tcae, heads, multi_crop and multi_crop.masks)
-    optimizer = optim.Optimizer(model, constants, dist, undecayed=lambda name, p: p.ndim <= 1 or name.endswith("_token"))
+    optimizer = optim.Optimizer(model, constants, dist,
+                                undecayed=lambda name, p: p.ndim <= 1 or name.endswith("_token"))
     dist.print(f"parameters: encoder {count_parameters(tcae.encoder, tcae.bottleneck):.1f} M, "
                f"decoder {count_parameters(tcae.decoder):.1f} M"
                + (f", head {count_parameters(heads):.1f} M" if heads else ""))
