@@ -20,9 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
-from runtime import Stopped, check, fail
+from runtime import Stopped, bar, check, fail
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp"}
 BAD_SHARE = 0.01  # a run stops if more than this share of its images can't be decoded
@@ -258,12 +257,12 @@ def save_grid(path, images, columns, titles=()):
 
 
 class TrainLoader:
-    """Micro-batches of the steps from `start` to `steps`, this process's share of each, `accumulate` per step: a dict of
-    tensors, collated from what `transform(image, rng)` returns (or `source.load(i)` itself, without a transform).
+    """Iterates over this process's share of steps `start` to `steps`, `accumulate` micro-batches each: dicts of
+    tensors, collated from what `transform(image, rng)` returns, or without a transform `source.load(i)` itself.
 
-    (seed, epoch) decides the order and (seed, epoch, image) the rng, so that neither the number of processes and workers
-    nor a restart changes what is trained on. An image that can't be decoded is replaced by another.
-    A transform may have `prepare(batch)`, to finish a batch in the loading process, and `short_side`, for ImageFolder.
+    (seed, epoch) decides the order and (seed, epoch, image) the rng, so that neither processes, workers nor a restart
+    change what is trained on. An image that can't be decoded is replaced by another.
+    A transform may have `prepare(batch)`, to finish a batch while loading, and `short_side`, see ImageFolder.load.
     """
 
     def __init__(self, source, transform, batch_size, start, steps, seed, dist, accumulate=1, workers=0):
@@ -334,18 +333,20 @@ class TrainBatches(torch.utils.data.Dataset):
 
 def eval_loader(source, size, batch_size, dist, workers=0, images=0, title="", indices=None, keep_empty=False):
     """Every image once: yields centre crops, uint8 (b, size, size, 3), and their indices (b,), of this process's share.
-    Undecodable files are left out; they are named at the end, and more than 1 % end the run. If any process got SIGTERM,
-    all raise Stopped at the end, which then comes early. All processes must exhaust it.
+    Undecodable files are left out; they are named at the end, and more than 1 % end the run. After SIGTERM to any of
+    them all processes raise Stopped, instead of going on to the end. All must iterate together.
 
     images: how many, evenly spread; 0 = all. indices: which, instead. keep_empty: yield batches without an image too.
     title: of a progress bar.
     """
     count, bad = min(images or len(source), len(source)), []
-    mine = (spread(len(source), count) if indices is None else indices)[dist.rank::dist.count].tolist()
+    if indices is None:
+        indices = np.linspace(0, len(source) - 1, count).round().astype(int)
+    mine = indices[dist.rank::dist.count].tolist()
     loader = torch.utils.data.DataLoader(
         CenterCrops(source, size), sampler=[mine[k:k + batch_size] for k in range(0, len(mine), batch_size)],
         batch_size=None, num_workers=workers, worker_init_fn=outlive_sigterm)
-    for pixels, chosen, names in tqdm(loader, desc=title, disable=not (dist.first and title)):
+    for pixels, chosen, names in bar(loader, dist, desc=title) if title else loader:
         bad += names
         if len(pixels) or keep_empty:
             yield pixels, chosen
@@ -354,11 +355,6 @@ def eval_loader(source, size, batch_size, dist, workers=0, images=0, title="", i
     if dist.stop_requested():  # asked only here, because processes have different numbers of batches
         raise Stopped
     report_bad_files(source, count, bad, set(), dist)
-
-
-def spread(length, count):
-    """`count` of the indices 0 to length - 1, evenly spread."""
-    return np.linspace(0, length - 1, count).round().astype(int)
 
 
 class CenterCrops(torch.utils.data.Dataset):
@@ -386,8 +382,8 @@ def try_load(source, i, bad, **options):
 
 
 def report_bad_files(source, images, bad, reported, dist):
-    """Names the files in all processes' lists `bad` that aren't in the set `reported` yet, and adds them to it. More than
-    1 % of `images` end the run."""
+    """Names the files in the lists `bad` of all processes, and adds them to the set `reported`, unless they are in it.
+    More than 1 % of `images` end the run."""
     for name in sorted(set(dist.gather(bad)) - reported):
         reported.add(name)
         dist.print(f"{source.constant}: {name} can't be decoded and is left out ({len(reported)} so far)")
@@ -421,7 +417,7 @@ def validate(tcae, source, size, images, dist, picture):
         total += torch.tensor([values.sum(), len(values)], dtype=torch.float64)
     psnr_sum, count = dist.sum(total).tolist()
     if dist.first:
-        shown, _, _ = CenterCrops(source, size)[spread(len(source), 8).tolist()]
+        shown, _, _ = CenterCrops(source, size)[np.linspace(0, len(source) - 1, 8).round().astype(int).tolist()]
         save_grid(picture, torch.cat([shown, reconstruct(shown)]), columns=len(shown))
     return psnr_sum / count
 
@@ -431,9 +427,9 @@ def validate(tcae, source, size, images, dist, picture):
 
 
 class Store:
-    """An array on disk that many processes fill, item by item, over any number of runs: 4096 bytes of JSON that say what
-    it holds; a byte per item (0 = to do, 1 = done, 2 = can't be done); the items. Memory-mapped: `state` (count,) uint8,
-    `items` (count, *shape). All processes of `dist` must open it together; the first one makes it if need be."""
+    """An array on disk that many processes fill, item by item, over any number of runs: 4096 bytes of JSON that say
+    what it holds; a byte per item (0 = to do, 1 = done, 2 = impossible); the items. Memory-mapped: `state` (count,)
+    uint8, `items` (count, *shape). The processes of `dist` must open it together; the first one makes it if need be."""
 
     HEADER = 4096
 
@@ -448,7 +444,7 @@ class Store:
         if dist:
             dist.wait()
         check(os.path.getsize(path) == size,  # memmap would pad it with zeros
-              f"{path} has {os.path.getsize(path)} bytes, not {size}: it was not copied whole; copy it again or remove it")
+              f"{path} has {os.path.getsize(path)} bytes, not {size}: a partial copy; remove it or copy it again")
         self.state = np.memmap(path, np.uint8, "r+", self.HEADER, (count,))
         self.items = np.memmap(path, dtype, "r+", self.HEADER + count, (count, *shape))
 

@@ -126,7 +126,9 @@ def read_statistics(path):
     if os.path.isdir(path) or not zipfile.is_zipfile(path):
         return None
     with np.load(path) as file:
-        return tuple(torch.from_numpy(file[name]).double() for name in ("mu", "sigma")) if "mu" in file.files else None
+        if not {"mu", "sigma"} <= set(file.files):
+            return None
+        return tuple(torch.from_numpy(file[name]).double() for name in ("mu", "sigma"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -300,8 +302,8 @@ class FeatureNet:
                 features, logits = self.net(torch.zeros(batch, side, side, 3, dtype=torch.uint8, device=device))
                 (_, self.features), (_, self.classes) = features.shape, logits.shape
         except Exception as error:
-            runtime.fail(f"feature_net={path} must be a file of torch.export.save that takes uint8 (B, {side}, {side}, 3) "
-                         "for any B and returns features (B, D) and logits (B, K): "
+            runtime.fail(f"feature_net={path} must be a file of torch.export.save that takes uint8 (B, {side}, {side}, "
+                         "3) for any B and returns features (B, D) and logits (B, K): "
                          + (str(error).strip() or type(error).__name__).splitlines()[0])
 
     def __call__(self, pixels):
@@ -519,8 +521,8 @@ def evaluate_tokenizer(dist):
         values = constants["latent_channels"] * (size // constants["downsample"]) ** 2
         results[f"PSNR of PCA, {values} values"] = pca_psnr(train, val, values, size, dist)
     fitted = int(dist.sum(torch.tensor(float(sum(map(len, of_train.labels))))))
-    return f"{tokenizer}: reconstructions of {count} images of {where}, {size} px; probes fitted on {fitted} training " \
-           "images", {**results, **probes(of_train, of_val, dist)}
+    about = f"{count} images of {where}, {size} px; probes fitted on {fitted} training images"
+    return f"{tokenizer}: reconstructions of {about}", {**results, **probes(of_train, of_val, dist)}
 
 
 @torch.no_grad()
@@ -536,8 +538,10 @@ def evaluate_samples(dist):
         network = open_feature_net(size, dist)
     except runtime.MissingWeights as error:
         runtime.fail(f"FID and IS need weights: {error}")
-    check(not target or len(target[0]) == network.features, f"reference={reference}: the mean of its features has "
-          f"{target and len(target[0])} numbers, but the network has {network.features} features")
+    if target:
+        mean, cov = (tuple(statistic.shape) for statistic in target)
+        check(mean + mean == cov == (network.features,) * 2,
+              f"reference={reference}: mu is {mean} and sigma {cov}, but the network has {network.features} features")
 
     def measure(images, title):
         sums = FeatureSums(network, len(images), dist.device)
@@ -585,8 +589,7 @@ def open_reference(size):
 
 
 def check_size(size):
-    check(size >= 11, f"{'tokenizer' if tokenizer else 'samples'}: images of {size} pixels are too small for SSIM, whose "
-          "window has 11")
+    check(size >= 11, f"{'tokenizer' if tokenizer else 'samples'}: {size} pixels are too few, SSIM needs images of 11")
 
 
 def main():

@@ -3,10 +3,10 @@
     torchrun --nproc_per_node=8 finetune_decoder.py --init_from=out/tokenizer/checkpoint.pt
     python finetune_decoder.py config/cifar10_finetune.py                     # an experiment for two CPU cores
 
-L_rec = L1 + λ_p LPIPS + λ_q w L_adv (Eq. 6). Encoder and bottleneck are frozen, so the latents, and a generator on them,
-stay what they are. In three phases: reconstruction alone; from discriminator_start on the discriminator is trained
-beside it; from adversarial_start on its loss counts for the decoder. Writes a tokenizer's checkpoint like stage 1's, with
-the averaged decoder, log.jsonl and reconstructions.png.
+L_rec = L1 + λ_p LPIPS + λ_q w L_adv (Eq. 6). Encoder and bottleneck are frozen, so the latents stay what they are, and a
+generator on them need not be trained again. In three phases: reconstruction alone; from discriminator_start on the
+discriminator is trained beside it; from adversarial_start on its loss counts for the decoder. Writes a tokenizer's
+checkpoint like stage 1's, with the averaged decoder, log.jsonl and reconstructions.png.
 """
 import copy
 import math
@@ -55,7 +55,7 @@ resume = False  # True: go on from out_dir/checkpoint.pt if there is one
 seed = 0  # of everything random
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
-compile = "auto"  # torch.compile the blocks: True (a CPU needs a C++ compiler for it), False; auto = on CUDA
+compile = "auto"  # torch.compile the blocks: True, False; auto = on CUDA, since a CPU gains little
 log_every = 50  # steps
 save_every = 1000  # steps between checkpoints
 eval_every = 1000  # steps between validations, each with a picture
@@ -191,8 +191,7 @@ def check_constants(dist):
           f"discriminator_size={discriminator_size!r}, discriminator_input={discriminator_input}: DINO's weights are "
           "for S and 224; --discriminator_weights=random for others")
     check(discriminator_input % 8 == 0 and discriminator_input >= 16,
-          f"discriminator_input={discriminator_input} must be a multiple of 8, at least 16: its heads look at four tokens "
-          "to both sides")
+          f"discriminator_input={discriminator_input} must be a multiple of 8, at least 16")
 
 
 def load_dino(dino, dist):

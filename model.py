@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16)}  # width, depth (blocks), heads
+DIT_SIZES = {**SIZES, "XL": (1152, 28, 16)}
 
 
 def parse_size(name, size, sizes=SIZES):
@@ -359,7 +360,7 @@ class TCAE(nn.Module):
         return tcae.eval().requires_grad_(False)
 
     def encode(self, images):
-        """Images (B, 3, H, W) in [-1, 1] -> z (B, c, H / f, W / f), zero mean and unit variance per channel."""
+        """Images (B, 3, H, W) in [-1, 1] -> z (B, c, H / f, W / f) (Eq. 2), of mean 0 and variance 1 per channel."""
         return self.encode_with_tokens(images)[2]
 
     def encode_with_tokens(self, images):
@@ -390,8 +391,7 @@ class IBOTHead(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
                                  nn.Linear(hidden, bottleneck))
-        # Rows start with length 0.58, a linear layer's default, as in iBOT under its weight norm: the longer they are,
-        # the slower AdamW turns them.
+        # rows of length 0.58, a linear layer's default, as in iBOT: the longer they are, the slower AdamW turns them
         self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck).uniform_(-1, 1) * bottleneck**-0.5)
         self.apply(init_weights)
 
@@ -445,8 +445,6 @@ def ssl_output(encoder, heads, crops, masked_index, mask=None):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The generator: LightningDiT in RAE's version (Sec. 4.1)
-
-DIT_SIZES = {**SIZES, "XL": (1152, 28, 16)}
 
 
 @lru_cache(maxsize=8)

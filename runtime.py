@@ -1,11 +1,11 @@
 """What every script needs to start, log, stop and resume. Nothing here is about images.
 
-    configure            the constants of a script, overridden by a config file and by the command line
-    Processes            this process among the others: device, precision, sums over all, SIGTERM
+    configure            a script's constants, overridden by config files and the command line
+    Distributed          this process among the others: device, precision, sums over all, SIGTERM
     open_run, make_folder, save_checkpoint, load_checkpoint, check_resumable, fingerprint, latents_of
-    Log, Progress        log.jsonl, and the bar with it
-    cosine, update_average    the learning rate's schedule (and the teacher's momentum); the teacher's weights, the EMA
-    download_weights, load_lpips, training_lpips    weights that others trained, with a checksum
+    Log, Progress        log.jsonl, and the progress bar
+    cosine, update_ema   the schedule of the learning rate and of the teacher's momentum; teacher and averaged weights
+    download_weights, load_lpips, training_lpips    weights trained by others, with a checksum
 """
 import ast
 import difflib
@@ -28,12 +28,12 @@ HERE = Path(__file__).parent
 
 
 class Stopped(Exception):
-    """SIGTERM came to a process; raised in all of them together."""
+    """A process got SIGTERM; raised in all of them together."""
 
 
 def fail(message, everywhere=True):
-    """Ends the program with one line on standard error and exit status 1. Of several processes only the first speaks,
-    unless what went wrong may be the matter of this one alone (everywhere=False)."""
+    """Ends the program with one line on standard error and exit status 1. Only the first of several processes prints
+    it, unless the problem may be this one's alone (everywhere=False)."""
     rank = int(os.environ.get("RANK", 0))
     if rank > 0 and everywhere:
         raise SystemExit(1)
@@ -41,7 +41,7 @@ def fail(message, everywhere=True):
 
 
 def check(condition, message):
-    """`fail(message)` unless `condition`: for constants, whose names belong in the message."""
+    """`fail(message)` unless `condition`. A message names the constant that is to blame."""
     if not condition:
         fail(message)
 
@@ -51,12 +51,11 @@ def check(condition, message):
 
 
 def configure(script, arguments=None):
-    """Overrides a script's constants: `configure(globals())` at the start of its main().
+    """Overrides a script's constants, `configure(globals())`, and returns them as a dict.
 
-    A constant is a lower-case name that the script's source assigns a literal at the top level. Files among
-    `arguments` (default: the command line) are Python and override first, in their order; then `--name=value`.
-    Returns all constants as a dict; `script` is changed in place. Unknown names, wrong types and negative numbers end
-    the program with one line; `--help` prints every constant with its comment.
+    Constants are the lower-case names that the script assigns at its top level. Files among `arguments` (default: the
+    command line) are Python and come first, in their order; `--name=value` overrides them. Unknown names, wrong types
+    and negative numbers end the program with one line; `--help` prints every constant with its comment.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     source = Path(script["__file__"]).read_text()
@@ -78,7 +77,7 @@ def configure(script, arguments=None):
         try:
             overrides = runpy.run_path(path)
         except Exception as error:
-            fail(f"{path} is no config file, or it is wrong: {type(error).__name__}: {error}")
+            fail(f"{path} is not a config file, or has an error: {type(error).__name__}: {error}")
         for name, value in overrides.items():
             if not name.startswith("_"):
                 override(name, value, path)
@@ -100,7 +99,7 @@ def convert(name, value, default, where):
         except (ValueError, SyntaxError):
             value = text
     if default in ("auto", "True", "False") and str(value).lower() in ("true", "false"):
-        value = str(value).capitalize()  # in a config file it is a bool, on the command line often lower case
+        value = str(value).capitalize()  # config files have a bool here, the command line often lower case
     if wanted is int and isinstance(value, float) and value.is_integer():
         value = int(value)  # 5e4
     if wanted is float and type(value) is int:
@@ -131,23 +130,23 @@ def print_help(script, source, names):
 
 
 class Distributed:
-    """This process among those that torchrun started, or alone.
+    """This process, alone or among those that torchrun started.
 
-    rank, count: which of how many; `first` is rank 0, the one that writes. device: CUDA, MPS or CPU, as there is.
-    dtype: torch.bfloat16 for autocast where it pays, else torch.float32. stop: True once SIGTERM has arrived here.
+    rank of count; `first` is rank 0, which writes files. device: CUDA, MPS or CPU, whatever there is. dtype:
+    torch.bfloat16 for autocast where that is faster, else torch.float32. stop: True once this process got SIGTERM.
     """
 
     def __init__(self, device="auto", dtype="auto", seed=0):
         self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.first = self.rank == 0
         self.device = self.pick_device(device)
-        if self.count > 1:  # gloo for what is said on the CPU (stop flags, file names), NCCL for tensors on GPUs
+        if self.count > 1:  # gloo for what is exchanged on the CPU (stop flags, file names), NCCL for GPUs
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             torch.distributed.init_process_group(backend)
         check(seed < 2**63, f"seed={seed} must be below 2^63")
         torch.manual_seed(seed)
-        torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
-        torch.set_flush_denormal(True)  # below 1e-38 is 0: a CPU takes many times as long for such numbers
+        torch.set_float32_matmul_precision("high")  # TF32 for products that stay in float32
+        torch.set_flush_denormal(True)  # below 1e-38 is 0: CPUs are many times slower with such numbers
         check(dtype in ("auto", "bfloat16", "float32"), f"dtype={dtype!r}: it is 'auto', 'bfloat16' or 'float32'")
         self.dtype = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and self.bf16_pays() else torch.float32
         self.stop = False
@@ -174,7 +173,7 @@ class Distributed:
             f"{self.device.type.upper()}, {torch.get_num_threads()} threads"
 
     def bf16_pays(self):
-        """Whether bfloat16 is faster: by knowledge on CUDA, by a probe of 20 ms on a CPU. All processes agree."""
+        """Whether bfloat16 is faster: on CUDA if the GPU has it, on a CPU by a 20 ms test. All processes agree."""
         if self.device.type != "cpu":
             return self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
@@ -190,30 +189,33 @@ class Distributed:
         votes = self.sum(torch.tensor(float(seconds(torch.bfloat16) < 0.5 * seconds(torch.float32))))
         return votes.item() == self.count
 
-    def compiles(self, wanted):
-        """Whether blocks are to be compiled, by the constant `compile`: "True", "False" or "auto" (on CUDA alone)."""
+    def compiles(self, wanted, pays=False):
+        """Whether to compile the blocks, by the constant `compile`: "True", "False" or "auto", which is yes on CUDA,
+        and on a CPU where it `pays` and there is a C++ compiler."""
         check(wanted in ("auto", "True", "False"), f"compile={wanted!r}: it is 'auto', True or False")
-        if wanted == "True":
+        if wanted == "True" or wanted == "auto" and pays and self.device.type == "cpu":
             try:
                 torch.compile(lambda x: x + 1)(torch.ones(2, device=self.device))
+                return True
             except Exception as error:
-                fail("compile=True does not work here (a CPU needs a C++ compiler for it): "
-                     f"{str(error).splitlines()[0]}", everywhere=False)
-        return wanted == "True" or wanted == "auto" and self.device.type == "cuda"
+                if wanted == "True":
+                    fail("compile=True does not work here (a CPU needs a C++ compiler for it): "
+                         f"{str(error).splitlines()[0]}", everywhere=False)
+        return wanted == "auto" and self.device.type == "cuda"
 
     def autocast(self):
-        """A context in which matrix products run in `dtype`."""
+        """A context in which matrix products are computed in `dtype`."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def distribute(self, model):
-        """The model, wrapped so that its gradients are the mean over all processes."""
+        """The model, wrapped so that its gradients are averaged over all processes."""
         if self.count == 1:
             return model
         return torch.nn.parallel.DistributedDataParallel(
             model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def to_device(self, tensor):
-        """The tensor on the device, without waiting for what that is doing."""
+        """The tensor on the device, without waiting for the device's work."""
         return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(self.device, non_blocking=True)
 
     def sum(self, tensor):
@@ -223,7 +225,7 @@ class Distributed:
         return tensor
 
     def gather(self, items):
-        """The lists `items` of all processes, joined, on every process."""
+        """The lists `items` of all processes, concatenated, on every process."""
         if self.count == 1:
             return items
         lists = [None] * self.count
@@ -231,7 +233,7 @@ class Distributed:
         return [item for each in lists for item in each]
 
     def stop_requested(self):
-        """Whether any process was asked to stop; all must call it. On the CPU, so that no GPU is waited for."""
+        """Whether any process got SIGTERM; all must call it. Summed on the CPU, so as not to wait for a GPU."""
         return bool(self.sum(torch.tensor(float(self.stop))))
 
     def print(self, *words):
@@ -239,7 +241,7 @@ class Distributed:
             print(*words, flush=True)
 
     def wait(self):
-        """Until every process is here."""
+        """Waits until every process has come here."""
         if self.count > 1:
             torch.distributed.barrier()
 
@@ -255,10 +257,10 @@ class Distributed:
 
 
 def open_run(out_dir, resume, kind):
-    """-> the path of a run's checkpoint, and what is in it if the run is to be resumed and it is there, else None."""
+    """-> the path of a run's checkpoint, and its contents if there is one to resume from, else None."""
     path = os.path.join(out_dir, "checkpoint.pt")
     check(resume or not os.path.exists(path),
-          f"out_dir={out_dir} holds a run already: --resume=True goes on with it, another --out_dir begins a new one")
+          f"out_dir={out_dir} holds a run already: --resume=True continues it, another --out_dir begins a new one")
     if not os.path.exists(path):
         return path, None
     state = load_checkpoint(path, "out_dir")
@@ -267,7 +269,7 @@ def open_run(out_dir, resume, kind):
 
 
 def make_folder(out_dir):
-    """Makes the folder, if it is not there yet."""
+    """Makes the folder unless it exists."""
     try:
         os.makedirs(out_dir, exist_ok=True)
     except OSError as error:
@@ -276,17 +278,15 @@ def make_folder(out_dir):
 
 
 def save_checkpoint(path, state):
-    """Writes one file, whole or not at all: to a temporary name first, then renamed."""
-    temporary = Path(f"{path}.tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
+    """Writes the file whole or not at all: under a temporary name first, then renamed."""
+    torch.save(state, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
 
 
 def load_checkpoint(path, name, kind=None):
-    """The state in a checkpoint, on the CPU. `name` is the constant that `path` came from, for the messages. With
-    `kind`, "tokenizer" or "dit", it must be one, and a tokenizer's training must have ended."""
-    if not Path(path).is_file():
-        fail(f"{name}={path}: there is no such checkpoint")
+    """A checkpoint's contents, on the CPU. `name`: the constant that gave `path`, for messages. kind, if given: what it
+    must be, "tokenizer" or "dit"; a tokenizer must be finished."""
+    check(Path(path).is_file(), f"{name}={path}: there is no such checkpoint")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
@@ -295,13 +295,13 @@ def load_checkpoint(path, name, kind=None):
     check(isinstance(state, dict), f"{name}={path} is not a checkpoint of this project")
     check(kind in (None, state.get("kind")), f"{name}={path} is a checkpoint of something else: {state.get('kind')}")
     check(kind != "tokenizer" or state["finished"],
-          f"{name}={path} is of a run that has not ended, so its latents' mean and std are not measured yet: finish it "
-          "with --resume=True")
+          f"{name}={path} is unfinished, and the mean and std of its latents aren't measured yet: finish the run with "
+          "--resume=True")
     return state
 
 
 def fingerprint(weights, without=None):
-    """Sixteen hexadecimal digits for the tensors of a dict {name: tensor}, but for names that begin with `without`."""
+    """A hash of {name: tensor}, 16 hexadecimal digits, leaving out names that begin with `without`."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         if not (without and name.startswith(without)):
@@ -310,20 +310,20 @@ def fingerprint(weights, without=None):
 
 
 def latents_of(saved):
-    """The fingerprint of a tokenizer's latents: all but its decoder, which may be finetuned without changing them."""
+    """The fingerprint of a tokenizer except its decoder, which can be finetuned without changing the latents."""
     return fingerprint(saved["tokenizer"], without="decoder.")
 
 
 def check_resumable(saved, constants, free):
-    """Fails, naming them, if constants other than `free` differ from the checkpoint's: it would be another run."""
+    """Fails if constants other than `free` differ from the checkpoint's, naming them."""
     changed = [f"{name} was {saved.get(name)!r}, is {value!r}" for name, value in constants.items()
                if name not in free and saved.get(name) != value]
-    check(not changed, "resume=True continues a run as it was begun, but " + "; ".join(changed)
+    check(not changed, "resume=True continues a run with the constants it was begun with, but " + "; ".join(changed)
           + ". Give the same values, or another out_dir")
 
 
 def git_revision():
-    """The commit of this code, with a + if files differ from it; "" outside git."""
+    """The commit of this code, followed by + if files were changed; "" outside git."""
     def git(*words):
         return subprocess.run(["git", "-C", HERE, *words], capture_output=True, text=True).stdout.strip()
     try:
@@ -332,9 +332,14 @@ def git_revision():
         return ""
 
 
+def bar(items, dist, **options):
+    """tqdm's bar over `items`, drawn by the first process, and only on a terminal: a file would keep each redrawing."""
+    return tqdm(items, disable=None if dist.first else True, **options)
+
+
 class Log:
-    """log.jsonl: one line per logged step, written by the first process. Lines after `step` are cut off: a run that was
-    killed after its last checkpoint does them again."""
+    """log.jsonl, one line per logged step, written by the first process. Lines after `step` are removed: a run that was
+    killed after its last checkpoint repeats those steps."""
 
     def __init__(self, path, step):
         lines = Path(path).read_text().splitlines() if Path(path).exists() else []
@@ -354,37 +359,42 @@ class Progress:
     """
 
     def __init__(self, out_dir, start, steps, batch_size, dist):
-        self.dist, self.batch_size, self.step = dist, batch_size, start
+        self.dist, self.batch_size, self.step, self.steps = dist, batch_size, start, steps
         self.checkpoint = Path(out_dir, "checkpoint.pt")
         self.log = Log(Path(out_dir, "log.jsonl"), start) if dist.first else None
-        self.bar = tqdm(total=steps, initial=start, disable=not dist.first, unit="step", smoothing=0.05)
+        self.bar = bar(None, dist, total=steps, initial=start, unit="step", smoothing=0.05)
         self.pending, self.since = [], time.perf_counter()
 
     def add(self, terms):
-        """terms: {name: scalar tensor}, of a step, with the same names in all processes."""
+        """terms: {name: scalar tensor} of one step, with the same names in all processes."""
         self.pending.append({name: term.detach() for name, term in terms.items()})
         self.step += 1
         self.bar.update()
 
     def report(self, lr, waited=0.0):
-        """Means over the steps since the last report and over all processes, to the log and the bar. Fails at the first
-        NaN or infinity, naming step and term."""
+        """Logs and shows the means over all processes and all steps since the last report; `waited`: seconds spent
+        waiting for data since then. Fails at the first NaN or infinity, naming step and term."""
         first = self.step - len(self.pending) + 1
         places = [(step, name) for step, terms in enumerate(self.pending, first) for name in terms]
         values = torch.stack([value.float() for terms in self.pending for value in terms.values()])
         values = (self.dist.sum(values) / self.dist.count).tolist()
         for (step, name), value in zip(places, values):
             if not math.isfinite(value):
-                self.bar.close()  # so that the message has a line of its own
-                kept = f"The last good checkpoint stays in {self.checkpoint}. " if self.checkpoint.exists() else ""
-                fail(f"step {step}: {name} is {value}. {kept}Begin again with a smaller learning_rate")
+                self.bar.close()  # so that the message has a line to itself
+                kept = f"The last good checkpoint is still in {self.checkpoint}. " if self.checkpoint.exists() else ""
+                fail(f"step {step}: {name} is {value}. {kept}Start again with a smaller learning_rate")
         seconds, by_name = time.perf_counter() - self.since, {}
         for (_, name), value in zip(places, values):
             by_name.setdefault(name, []).append(value)
         speed = self.batch_size * len(self.pending) / seconds
         means = {name: sum(values) / len(values) for name, values in by_name.items()}
         self.write(**means, lr=lr, seconds=seconds, images_per_second=speed, waiting=waited / seconds)
-        self.bar.set_postfix({**{name: f"{value:.3f}" for name, value in means.items()}, "img/s": f"{speed:.0f}"})
+        shown = {**{name: f"{value:.3f}" for name, value in means.items()}, "img/s": f"{speed:.0f}"}
+        self.bar.set_postfix(shown)
+        if self.bar.disable:
+            left = tqdm.format_interval((self.steps - self.step) * seconds / len(self.pending))
+            self.dist.print(f"step {self.step}/{self.steps}: "
+                            + ", ".join(f"{name} {value}" for name, value in shown.items()) + f", {left} left")
         self.pending = []
         self.start_clock()
 
@@ -392,11 +402,11 @@ class Progress:
         """Logs and shows the PSNR (dB) of a validation, whose time does not count in images/s."""
         self.write(val_psnr=psnr)
         if self.dist.first:
-            self.bar.write(f"step {self.step}: validation PSNR {psnr:.2f} dB")
+            tqdm.write(f"step {self.step}: validation PSNR {psnr:.2f} dB")
         self.start_clock()
 
     def start_clock(self):
-        """Leaves out of images/s what was done since the last report: a validation, a picture."""
+        """Leaves what was done since the last report, a validation or a picture, out of images/s."""
         self.since = time.perf_counter()
 
     def write(self, **values):
@@ -413,24 +423,22 @@ def cosine(step, steps, base, final, warmup=0):
 
 
 def update_ema(averaged, trained, momentum):
-    """averaged <- momentum * averaged + (1 - momentum) * trained, for two lists of parameters."""
+    """averaged <- momentum * averaged + (1 - momentum) * trained, for two lists of parameters (EMA or teacher)."""
     with torch.no_grad():
         torch._foreach_lerp_(averaged, trained, 1 - momentum)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Published weights
+# Weights trained by others
 
 
 class MissingWeights(Exception):
-    """A file of published weights is neither there nor to be had; the message says which, from where and to where."""
+    """Weights are neither on disk nor can be downloaded; the message says which, from where and to where."""
 
 
 def download_weights(url, sha256, dist):
-    """The path of a file of published weights in torch.hub's cache, fetched once by one process of each machine.
-
-    `sha256`: the hexadecimal checksum or its beginning. Raises MissingWeights in every process if any lacks the file.
-    """
+    """The path of a file of weights in torch.hub's cache, downloaded by one process of each machine if it isn't there.
+    sha256: its checksum or the beginning of it. Raises MissingWeights in every process if any lacks the file."""
     path, error = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1], ""
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         try:
@@ -442,7 +450,7 @@ def download_weights(url, sha256, dist):
                 while block := file.read(1 << 20):
                     digest.update(block)
             if not digest.hexdigest().startswith(sha256):
-                error = f"{path} is damaged (its checksum is {digest.hexdigest()[:16]}…); remove it and start again"
+                error = f"{path} is damaged (its checksum is {digest.hexdigest()[:16]}…); remove it and try again"
         except Exception as problem:
             error = f"{path.name} could not be downloaded from {url} ({problem}); put it at {path}"
     errors = [error for error in dist.gather([error]) if error]

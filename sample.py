@@ -4,15 +4,14 @@
     python sample.py --checkpoint=out/dit/checkpoint.pt --classes=207,360 --per_class=4       # of these two classes
     torchrun --nproc_per_node=8 sample.py --num_samples=50000 --cfg_scale=1.5                 # an .npz, for FID
 
-Sample i depends on (seed, i) and its class alone; batch size and number of processes change it by rounding at most.
-Writes out_dir/samples.png, or out_dir/samples.npz: arr_0 uint8 (N, H, W, 3), what ADM's evaluator reads, and arr_1 the
-classes (N,).
+Sample i depends only on (seed, i) and its class; batch size and number of processes change it by rounding at most.
+Writes out_dir/samples.png, or out_dir/samples.npz with arr_0, uint8 (N, H, W, 3), as ADM's evaluator reads it, and
+arr_1, the classes (N,).
 """
 import os
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import data
 import runtime
@@ -20,15 +19,15 @@ from model import LightningDiT, TCAE, cfg_velocity, sample_flow
 from runtime import check
 
 checkpoint = "out/dit/checkpoint.pt"  # stage 2's
-tokenizer = ""  # stage 1's checkpoint, or one whose decoder was finetuned; "" = the one that stage 2 was trained with
-use_ema = True  # False: the weights as they were last trained
+tokenizer = ""  # stage 1's checkpoint, or one with a finetuned decoder; "" = the one that stage 2 was trained with
+use_ema = True  # False: the weights of the last step instead of their average
 
-classes = ""  # which, as 0,5,7; "" = the first ten for the picture, all for an .npz
-per_class = 8  # samples of each, for the picture
-num_samples = 0  # above 0: write this many to an .npz instead, equally many of each class
+classes = ""  # which ones, as 0,5,7; "" = the first ten for the picture, all for an .npz
+per_class = 8  # samples of each class in the picture
+num_samples = 0  # above 0: write this many to an .npz instead, the same number of each class
 
 steps = 50  # of the sampler
-method = "euler"  # or "heun": twice the work per step, error of second order
+method = "euler"  # or "heun": second order, at twice the cost per step
 cfg_scale = 1.0  # classifier-free guidance; 1 = none
 cfg_interval = (0.0, 1.0)  # times t, 0 = data, 1 = noise, at which guidance acts
 seed = 0  # of the noise
@@ -39,30 +38,14 @@ device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
 
 
-def noise_of(i, shape):
-    """The noise that sample i starts from, (c, h, w) float32."""
-    return np.random.default_rng([seed, i]).standard_normal(shape, np.float32)
-
-
 @torch.no_grad()
 def draw(dit, tcae, indices, labels, shape, shift_base, dist):
     """Samples `indices` of the classes `labels` -> uint8 (B, H, W, 3) on the CPU."""
-    noise = torch.from_numpy(np.stack([noise_of(i, shape) for i in indices])).to(dist.device)
-    labels = torch.tensor(labels, device=dist.device)
+    noise = np.stack([np.random.default_rng([seed, i]).standard_normal(shape, np.float32) for i in indices])
+    noise, labels = torch.from_numpy(noise).to(dist.device), torch.tensor(labels, device=dist.device)
     with dist.autocast():
-        z = sample_flow(cfg_velocity(dit, labels, dit.null_class, cfg_scale, cfg_interval), noise, steps, method, shift_base)
-        return data.to_uint8(tcae.decode(z)).cpu()
-
-
-def parse_classes(names):
-    """The constant `classes` as a list of numbers."""
-    if not classes:
-        return list(range(len(names) if num_samples else min(10, len(names))))
-    chosen = [part.strip() for part in classes.split(",")]
-    for part in chosen:
-        check(part.isdecimal() and int(part) < len(names),
-              f"classes={classes}: {part!r} is not a class, 0 to {len(names) - 1}")
-    return [int(part) for part in chosen]
+        velocity = cfg_velocity(dit, labels, dit.null_class, cfg_scale, cfg_interval)
+        return data.to_uint8(tcae.decode(sample_flow(velocity, noise, steps, method, shift_base))).cpu()
 
 
 def main():
@@ -81,33 +64,37 @@ def main():
 
     names, shape = saved["classes"], tuple(saved["latent_shape"])
     weights = saved["ema" if use_ema else "model"]
-    dit = LightningDiT(saved["constants"]["size"], shape[0], shape[1], len(names))
+    dit = LightningDiT(saved["constants"]["size"], shape[0], shape[1], len(names)).eval()
     dit.load_state_dict(weights)
-    dit, tcae = dit.to(dist.device).eval(), TCAE.from_checkpoint(saved_tokenizer).to(dist.device)
-    chosen = parse_classes(names)
-    labels = np.resize(chosen, num_samples or per_class * len(chosen))  # in turn, over and over
+    dit, tcae = dit.to(dist.device), TCAE.from_checkpoint(saved_tokenizer).to(dist.device)
+    all_classes = map(str, range(len(names) if num_samples else min(10, len(names))))
+    chosen = [name.strip() for name in (classes.split(",") if classes else all_classes)]
+    for name in chosen:
+        check(name.isdecimal() and int(name) < len(names),
+              f"classes={classes}: {name!r} is not a class, 0 to {len(names) - 1}")
+    labels = np.resize([int(name) for name in chosen], num_samples or per_class * len(chosen))  # in turn, repeated
 
+    # Samples go to a file that all processes fill and that outlives them, so that a stopped run can be continued.
     runtime.make_folder(out_dir)
-    path = os.path.join(out_dir, "samples.npz" if num_samples else "samples.png")
-    part = os.path.join(out_dir, "samples.part")
-    side = saved_tokenizer["constants"]["image_size"]
+    part, side = os.path.join(out_dir, "samples.part"), saved_tokenizer["constants"]["image_size"]
     about = {"generator": runtime.fingerprint(weights), "tokenizer": runtime.fingerprint(saved_tokenizer["tokenizer"]),
              "labels": runtime.fingerprint({"": torch.from_numpy(labels)}), "steps": steps, "method": method,
              "cfg_scale": cfg_scale, "cfg_interval": list(cfg_interval), "seed": seed, "dtype": dtype}
     if dist.first and data.Store.differences(part, about):
-        os.remove(part)  # begun by another call, for other samples
+        os.remove(part)  # begun with other constants, for other samples
     store = data.Store(part, about, len(labels), (side, side, 3), np.uint8, dist)
     mine = store.to_do(dist)[dist.rank::dist.count]
-    for k in tqdm(range(0, len(mine), batch_size), desc="sampling", unit="batch", disable=not dist.first):
-        indices = mine[k:k + batch_size]
-        store.put(indices, draw(dit, tcae, indices, labels[indices], shape, saved["constants"]["shift_base"],
-                                dist).numpy())
+    for k in runtime.bar(range(0, len(mine), batch_size), dist, desc="sampling", unit="batch"):
+        i = mine[k:k + batch_size]
+        store.put(i, draw(dit, tcae, i, labels[i], shape, saved["constants"]["shift_base"], dist).numpy())
         if dist.stop:
             break
     store.flush()
     if dist.stop_requested():  # asked only here, because processes have different numbers of batches
         dist.print(f"SIGTERM: {part} keeps what is drawn; the same command goes on from there")
         return dist.close()
+
+    path = os.path.join(out_dir, "samples.npz" if num_samples else "samples.png")
     if dist.first:
         if num_samples:
             np.savez(path, arr_0=store.items, arr_1=labels)
@@ -116,7 +103,7 @@ def main():
             data.save_grid(path, torch.from_numpy(np.array(store.items)), columns, [names[k] for k in labels[:columns]])
         os.remove(part)
     dist.print(f"wrote {path}: {len(labels)} samples of {len(set(labels.tolist()))} classes, "
-                    f"{steps} {method} steps, cfg_scale {cfg_scale}")
+               f"{steps} {method} steps, cfg_scale {cfg_scale}")
     dist.close()
 
 

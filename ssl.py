@@ -5,17 +5,14 @@ every token into a distribution over K prototypes. The student sees the same cro
 several small local crops. It has to predict the teacher's [CLS] of every *other* crop, L_[CLS], and the teacher's
 tokens where its own are masked, L_MIM. So tokens come to say what an image shows, not only what its pixels are.
 
-    METHODS, IBOTLoss            L_iBOT = L_[CLS] + L_MIM (Eq. 4), and in what DINO and DINOv2 differ
-    sinkhorn_knopp, koleo        DINOv2's replacement for centring, and its regulariser
-    teacher_temperature          its schedule
+    IBOTLoss                     L_iBOT = L_[CLS] + L_MIM (Eq. 4); METHODS: in what DINO and DINOv2 differ
     block_mask, random_mask      which tokens are masked
     MultiCrop, collate_crops     one image -> its crops and masks; a batch of them
     random_resized_crop, augment, …    pixel arithmetic
 
-Nothing here has parameters: the heads are in model.py. The file bears the name of Python's TLS module, so every
-`import ssl` in this project's processes, in urllib or pip too, finds it. That is why it first runs the standard
-library's ssl, to *be* that module with iBOT on top, and imports numpy, Pillow and torch only when they are used:
-a program that only wants TLS may not have them.
+Nothing here has parameters: the heads are in model.py. The file bears the name of Python's TLS module, so each `import
+ssl` in this project's processes finds it. That is why it first runs the standard library's ssl, to *be* that module
+with iBOT on top, and imports numpy, Pillow and torch only when they are used: who only wants TLS may not have them.
 """
 import importlib
 import math
@@ -117,8 +114,8 @@ def entropy(p):
 
 
 def sinkhorn_knopp(logits, temperature, sum_over_processes, iterations=3):
-    """Soft assignments (N, K) of all processes' samples to prototypes, so that every prototype gets as much as any
-    other: exp(logits / temperature) with columns and rows divided by their sums in turn. Rows sum to 1."""
+    """DINOv2's replacement for centring: soft assignments (N, K) of all processes' samples in which all prototypes get
+    the same share, exp(logits / temperature) with columns and rows divided by their sums in turn. Rows sum to 1."""
     q = ((logits - 1) / temperature).exp()  # logits are cosines, at most 1; a factor that all share cancels
     for _ in range(iterations):
         q = q / sum_over_processes(q.sum(0)).clamp(min=1e-30)
@@ -128,7 +125,7 @@ def sinkhorn_knopp(logits, temperature, sum_over_processes, iterations=3):
 
 def koleo(x):
     """-mean log of the distance to the nearest other row, of rows scaled to length 1, (N, D): it spreads them out
-    (Sablayrolles et al. 2019)."""
+    (DINOv2's regulariser; Sablayrolles et al. 2019)."""
     x = torch.nn.functional.normalize(x.float(), dim=-1)
     nearest = (x @ x.T).detach().fill_diagonal_(-1).argmax(1)
     return -(torch.nn.functional.pairwise_distance(x, x[nearest]) + 1e-8).log().mean()
@@ -195,7 +192,6 @@ class MultiCrop:
     def __call__(self, pixels, rng):
         def crop(size, scale, blur, solarize):
             return augment(random_resized_crop(pixels, size, scale, rng), rng, blur, solarize, self.blur_scale)
-
         local_crops = [crop(self.local_size, self.local_scale, 0.5, 0.0) for _ in range(self.local_crops)]
         return {
             "global_crops": np.stack([crop(self.global_size, self.global_scale, 1.0, 0.0),

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 train_dit.py --tokenizer=out/tokenizer/checkpoint.pt --data_dir=imagenet
 
 The first run encodes the data set and its mirror image once, into latents.cache (ImageNet at 8 × 8 × 128: 42 GB on
-disk, memory-mapped, so never in memory); if it is interrupted, the next run continues. The tokenizer's settings are read
+disk, memory-mapped, so never in memory); if it is interrupted, the next run continues. The tokenizer's settings come
 from its checkpoint. Writes out_dir/checkpoint.pt, log.jsonl and samples.png.
 """
 import copy
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 import data
+import optim
 import runtime
 from model import LightningDiT, TCAE, cfg_velocity, compile_blocks, flow_matching_loss, sample_flow, shift_time
 from runtime import check
@@ -39,6 +40,8 @@ learning_rate = 2e-4  # after the warm-up
 min_learning_rate = 2e-5  # at the end, if it decays
 decay_epoch = 0.0  # from this epoch to the last the rate falls linearly (Table 4: 40 of 800); 0 = it is constant
 warmup_steps = 0  # over which the rate rises from 0
+optimizer = "adamw"  # or "muon": Muon for the matrices inside blocks, AdamW for the rest (optim.py)
+muon_rate = 3.0  # Muon's learning rate, times learning_rate
 betas = (0.9, 0.95)  # AdamW
 weight_decay = 0.0  # of all weights
 grad_clip = 1.0  # largest norm of the gradient; 0 = any
@@ -50,7 +53,7 @@ resume = False  # True: go on from out_dir/checkpoint.pt if there is one
 seed = 0  # of everything random
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
-compile = "auto"  # torch.compile the blocks: True (a CPU needs a C++ compiler for it), False; auto = on CUDA
+compile = "auto"  # torch.compile the blocks: True, False; auto = on CUDA, in a long run on a CPU with a C++ compiler
 log_every = 100  # steps
 save_every = 5000  # steps between checkpoints
 sample_every = 5000  # steps between pictures of EMA samples
@@ -70,6 +73,7 @@ def check_constants(dist):
         check(globals()[name] <= 1, f"{name}={globals()[name]} must be between 0 and 1")
     check(len(betas) == 2 and max(betas) < 1, f"betas={betas} must be two numbers, each at least 0 and below 1")
     check(decay_epoch <= epochs, f"decay_epoch={decay_epoch} must not be later than epochs={epochs}")
+    check(optimizer in optim.OPTIMIZERS, f"optimizer={optimizer!r}: it is {' or '.join(optim.OPTIMIZERS)}")
     shares = dist.count * accumulate
     check(batch_size % shares == 0, f"batch_size={batch_size} must be a multiple of {shares} (processes × accumulate)")
     try:
@@ -84,8 +88,8 @@ def check_constants(dist):
 
 
 class Pairs:
-    """A source for data.TrainLoader: an image and its mirror image as latents of the cache, (2, c, h, w) float16, or without
-    `store` as pixels, (2, H, W, 3) uint8."""
+    """A source for data.TrainLoader: each image and its mirror image, as latents (2, c, h, w) float16 from the cache,
+    or without one as pixels (2, H, W, 3) uint8."""
 
     def __init__(self, images, image_size, store=None):
         self.images, self.image_size, self.store, self.constant = images, image_size, store, images.constant
@@ -165,7 +169,7 @@ def main():
         dist.print(f"{path} is finished: step {resumed['step']}")
         return dist.close()
     check_constants(dist)
-    compiled = dist.compiles(compile)
+    dist.compiles(compile)  # where True does not work, this ends it before anything is encoded
     runtime.make_folder(out_dir)
 
     # The tokenizer, frozen
@@ -199,8 +203,7 @@ def main():
     torch.manual_seed(seed)  # again, whatever random numbers encoding has taken
     model = LightningDiT(size, shape[0], side, classes).to(dist.device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay,
-                                  fused=dist.device.type in ("cuda", "cpu"))
+    optimizer = optim.Optimizer(model, constants, dist)
     dist.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(images)} images of "
                f"{classes} classes as latents {' × '.join(map(str, shape))}; {steps} steps of {batch_size}")
     start = 0
@@ -210,9 +213,12 @@ def main():
         ema.load_state_dict(resumed["ema"])
         optimizer.load_state_dict(resumed["optimizer"])
         dist.print(f"resumed from {path} at step {start}")
-    if compiled:
-        compile_blocks(model, ema)
     trained, averaged = list(model.parameters()), list(ema.parameters())
+    # On a CPU compiling takes 10 to 40 s, after which steps take 0.65 to 0.8 of the time: it pays where all steps, of
+    # six operations per weight and token, take minutes. (Only the constants decide, so a resumed run does the same.)
+    operations = 6 * sum(p.numel() for p in trained) * side**2 * batch_size * steps
+    if dist.compiles(compile, pays=operations > 2e13):
+        compile_blocks(model, ema)
     wrapped = dist.distribute(model)
 
     loader = data.TrainLoader(source, None, batch_size, start, steps, seed, dist, accumulate, workers)
@@ -226,8 +232,6 @@ def main():
         # Constant learning rate (after a warm-up), then linear decay from decay_epoch on.
         decayed = max(0, step - decay_step) / max(1, steps - decay_step)
         lr = (learning_rate + (min_learning_rate - learning_rate) * decayed) * min(1, (step + 1) / max(1, warmup_steps))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
 
         total = 0
         for part in range(accumulate):
@@ -246,9 +250,9 @@ def main():
             z = torch.where(mirrored[:, None, None, None], pair[:, 1], pair[:, 0])
             z = (z if store else encode(tcae, z, dist)).float()
 
-            # Flow matching: the model predicts the velocity noise - z at z_t = (1 - t) z + t noise. The larger the latent,
-            # the further t is shifted towards noise. Processes exchange gradients with the last micro-batch only.
-            if dist.count > 1:
+            # Flow matching: the model predicts the velocity noise - z at z_t = (1 - t) z + t noise. The larger the
+            # latent, the further t is shifted towards noise.
+            if dist.count > 1:  # gradients are exchanged once a step
                 wrapped.require_backward_grad_sync = part == accumulate - 1
             with dist.autocast():
                 loss = flow_matching_loss(wrapped, z, labels, noise, shift_time(t, shape, shift_base))
@@ -257,8 +261,7 @@ def main():
 
         # Update the weights, and the average of them that samples are drawn with.
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or float("inf"))
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(lr)
         runtime.update_ema(averaged, trained, ema_momentum)
         progress.add({"loss": total, "grad_norm": grad_norm})
 

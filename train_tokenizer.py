@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import optim
 import runtime
 import ssl  # ours: see its docstring
 from model import IBOTHead, JointTokenizer, TCAE, compile_blocks, ssl_output
@@ -60,6 +61,8 @@ accumulate = 1  # micro-batches per step and process: less memory, the same grad
 learning_rate = 1e-3  # at the end of the warm-up
 min_learning_rate = 1e-6  # at the end
 warmup_epochs = 5.0  # over which the rate rises from 0
+optimizer = "adamw"  # or "muon": Muon for the matrices inside blocks and MLPs, AdamW for the rest (optim.py)
+muon_rate = 3.0  # Muon's learning rate, times learning_rate
 betas = (0.9, 0.95)  # AdamW
 weight_decay = 0.04  # of matrices; biases, norms and tokens have none
 grad_clip = 3.0  # largest norm of the whole gradient (iBOT clips each tensor's); 0 = no clipping
@@ -70,7 +73,7 @@ resume = False  # True: go on from out_dir/checkpoint.pt if there is one
 seed = 0  # of everything random
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
-compile = "auto"  # torch.compile the blocks: True (a CPU needs a C++ compiler for it), False; auto = on CUDA
+compile = "auto"  # torch.compile the blocks: True, False; auto = on CUDA, since a CPU gains little
 log_every = 50  # steps
 save_every = 1000  # steps between checkpoints
 eval_every = 1000  # steps between validations, each with a picture
@@ -84,6 +87,7 @@ FREE = {"out_dir", "resume", "device", "workers", "compile", "accumulate", "log_
 def check_constants(dist):
     """What configure() can't know. Each message names the constant and says what to do."""
     check(ssl_method in (*ssl.METHODS, "none"), f"ssl_method={ssl_method!r}: it is {', '.join(ssl.METHODS)} or none")
+    check(optimizer in optim.OPTIMIZERS, f"optimizer={optimizer!r}: it is {' or '.join(optim.OPTIMIZERS)}")
     for name in "epochs", "batch_size", "accumulate", "log_every", "save_every", "eval_every", "image_size", \
             "patch_size", "downsample", "latent_channels", "prototypes", "head_hidden", "global_crop_size", \
             "local_crop_size", "stats_images", "shapes_images":
@@ -188,13 +192,8 @@ def main():
         multi_crop = ssl.MultiCrop(global_crop_size, global_crop_scale, local_crop_size, local_crop_scale, local_crops,
                                    tcae.encoder.output_patch, method["masks"])
     model = JointTokenizer(tcae, heads, multi_crop and multi_crop.masks)
-    not_decayed = {id(p) for p in model.parameters() if p.ndim <= 1}
-    not_decayed |= {id(tcae.encoder.cls_token), id(tcae.encoder.mask_token)}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW([{"params": [p for p in trained if id(p) not in not_decayed]},
-                                   {"params": [p for p in trained if id(p) in not_decayed], "weight_decay": 0.0}],
-                                  lr=learning_rate, betas=betas, weight_decay=weight_decay,
-                                  fused=dist.device.type in ("cuda", "cpu"))
+    optimizer = optim.Optimizer(model, constants, dist,
+                                undecayed=lambda name, p: p.ndim <= 1 or name.endswith("_token"))
     dist.print(f"parameters: encoder {count_parameters(tcae.encoder, tcae.bottleneck):.1f} M, "
                f"decoder {count_parameters(tcae.decoder):.1f} M"
                + (f", head {count_parameters(heads):.1f} M" if heads else ""))
@@ -232,8 +231,6 @@ def main():
         # Images and crops have random numbers of their own (data.py); these are for a dropout that you may add.
         torch.manual_seed(hash((seed, step, dist.rank)) % 2**63)
         lr = runtime.cosine(step, steps, learning_rate, min_learning_rate, warmup_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
         temperature = ssl.teacher_temperature(step / steps_per_epoch, teacher_temp_warmup_epochs, *teacher_temp)
 
         step_terms = {}
@@ -281,8 +278,7 @@ def main():
             for head in heads.values():
                 head.prototypes.grad = None
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf"))
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(lr)
 
         # The teacher follows the student, ever more slowly; its centres follow its outputs.
         if heads:

@@ -1,6 +1,5 @@
 """What eval.py measures, against the packages that others measure with; and that it measures all of what it is given,
 however it is divided, or says what is missing."""
-import contextlib
 import json
 import pickle
 import signal
@@ -133,7 +132,6 @@ def together(count, work):
 
     def run(rank):
         one = process(rank, count)
-        one.torch, one.autocast = torch, contextlib.nullcontext
         one.sum = lambda tensor: tensor.copy_(sum(exchange(rank, tensor.clone())))
         one.gather = lambda items: sum(exchange(rank, items), [])
         try:
@@ -199,7 +197,7 @@ def refused(evaluate):
 @pytest.fixture
 def unread(monkeypatch):
     """The test fails if an image is measured."""
-    monkeypatch.setattr(data, "in_order", lambda *_: pytest.fail("began to measure"))
+    monkeypatch.setattr(data, "eval_loader", lambda *_, **__: pytest.fail("began to measure"))
 
 
 @pytest.fixture(params=["tokenizer", "samples", "paired"])
@@ -263,7 +261,7 @@ def test_fid_and_is_with_inception(inception, evaluate, monkeypatch, tmp_path):
     """The whole way from files to FID and IS, which are called so; the file of weights is the published one."""
     path, theirs = inception
     asked = []
-    monkeypatch.setattr(runtime, "published", lambda *given: asked.append(given[:2]) or path)
+    monkeypatch.setattr(runtime, "download_weights", lambda *given: asked.append(given[:2]) or path)
     a, b = pictures(11), noisy(pictures(10, seed=1))
     table = evaluate(samples=npz_of(a, tmp_path / "a.npz"), reference=npz_of(b, tmp_path / "b.npz"))
     (features_a, logits), (features_b, _) = theirs(a), theirs(b)
@@ -309,7 +307,7 @@ def pairs(height, width):
 
 
 @pytest.mark.parametrize("height, width", [(24, 41), (11, 11)])
-def test_psnr_and_ssim_equal_skimage_s(height, width):
+def test_psnr_and_ssim_equal_skimage_s(height, width, monkeypatch):
     """Image by image; PSNR of two equal images is infinite there."""
     a, b = pairs(height, width)
     similarity = [structural_similarity(x, y, gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
@@ -319,12 +317,14 @@ def test_psnr_and_ssim_equal_skimage_s(height, width):
     ratio = [peak_signal_noise_ratio(x, y, data_range=255) for x, y in zip(a[:-1].numpy(), b[:-1].numpy())]
     steep = [np.mean([np.hypot(np.diff(x, axis=0)[:, :-1], np.diff(x, axis=1)[:-1])]) for x in
              (set.double().movedim(0, -1).numpy() for set in (a[:-1], b[:-1]))]
+    monkeypatch.setattr(stage4, "feature_net", "none")
+    monkeypatch.setattr(stage4, "lpips_net", "none")
     sums = stage4.PairMetrics(6, 48, process())
     sums.add(a[:1], b[:1], torch.arange(1))
     sums.add(a[1:-1], b[1:-1], torch.arange(1, 5))
     assert sums.results(process()) == (5, {"rFID": None, "PSNR": pytest.approx(np.mean(ratio), abs=1e-4), "LPIPS": None,
-                                         "SSIM": pytest.approx(np.mean(similarity[:-1]), abs=1e-4),
-                                         "sharpness": pytest.approx(steep[1] / steep[0])})
+                                           "SSIM": pytest.approx(np.mean(similarity[:-1]), abs=1e-4),
+                                           "sharpness": pytest.approx(steep[1] / steep[0])})
 
 
 @pytest.mark.filterwarnings("ignore:.*pretrained:UserWarning", "ignore:.*weight enum:UserWarning")
@@ -332,14 +332,16 @@ def test_lpips_equals_the_package_s_image_by_image(monkeypatch):
     """What the package gives for images in [-1, 1], averaged; random AlexNet, since its weights can't be had here."""
     torch.manual_seed(0)
     package = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-    monkeypatch.setattr(runtime, "published", lambda *_: None)
+    monkeypatch.setattr(runtime, "download_weights", lambda *_: None)
     monkeypatch.setattr(lpips, "LPIPS", lambda net, verbose: package)
     a, b = pairs(48, 40)
     expected = [package(*(image[None].movedim(-1, 1) / 127.5 - 1 for image in pair)).item() for pair in zip(a, b)]
-    sums = stage4.PairSums(runtime.load_lpips("alex", process()), CPU)
+    monkeypatch.setattr(stage4, "feature_net", "none")
+    monkeypatch.setattr(stage4, "lpips_net", "alex")
+    sums = stage4.PairMetrics(6, 48, process())
     for k in range(0, 6, 4):
-        sums.add(a[k:k + 4], b[k:k + 4])
-    assert sums.means(process())[1]["LPIPS"] == pytest.approx(np.mean(expected), rel=1e-4)
+        sums.add(a[k:k + 4], b[k:k + 4], torch.arange(k, min(k + 4, 6)))
+    assert sums.results(process())[1]["LPIPS"] == pytest.approx(np.mean(expected), rel=1e-4)
     assert min(expected[:-1]) > 1e-4 and not any(weight.requires_grad for weight in package.parameters())
 
 
@@ -358,7 +360,7 @@ def test_npz_is_read_in_place(tmp_path):
     pickled = pickle.dumps(source)
     assert isinstance(source.images, np.memmap) and len(pickled) < pixels[0].numel()
     for source in source, pickle.loads(pickled):
-        assert len(source) == 40 and source.side() == 32
+        assert len(source) == 40 and stage4.side_of(source) == 32
         assert all(np.array_equal(np.asarray(source.load(i)), pixels[i].numpy()) for i in range(40))
 
 
@@ -417,6 +419,27 @@ def test_tokenizer_s_and_pairs_table(tokenizer, net, evaluate, monkeypatch, tmp_
     assert table["structure loss"] == pytest.approx(1 - after / before)
 
 
+@pytest.mark.parametrize("values", [20, 300])
+def test_pca_is_numpy_s(values, monkeypatch):
+    """The baseline's PSNR, by a singular value decomposition in float64; with more values than pixels it has no error.
+    """
+    monkeypatch.setattr(stage4, "workers", 0)
+    train, val = data.Shapes("train", 300, 8), data.Shapes("val", 40, 8)
+    x, y = (np.stack([np.asarray(source.load(i)) for i in range(len(source))]).reshape(-1, 192) / 255.0
+            for source in (train, val))
+    basis = np.linalg.svd(x - x.mean(0), full_matrices=False)[2][:values]
+    z = ((y - x.mean(0)) @ basis.T @ basis + x.mean(0)).clip(0, 1)
+    mse = np.square((z * 255).round() - y * 255).mean(1).clip(1e-10)
+    assert stage4.pca_psnr(train, val, values, 8, process()) == pytest.approx(
+        (10 * np.log10(255**2 / mse)).mean(), abs=0.02)
+
+
+def test_pca_stands_in_the_table_when_it_is_asked_for(tokenizer, evaluate):
+    """With as many values as the tokenizer's latents have."""
+    table = evaluate(tokenizer=tokenizer, feature_net="none", lpips_net="none", val_images=8, probe_images=40, pca=True)
+    assert 5 < table["PSNR of PCA, 96 values"] < 60
+
+
 def test_no_table_depends_on_processes_or_batches(given, evaluate, monkeypatch):
     """Eleven images in batches of 64 or 4, with a worker or without, on one process, two, or thirteen, of which two
     have none to look at."""
@@ -453,27 +476,29 @@ def test_probes_that_are_always_wrong_have_no_structure_loss(tokenizer, evaluate
 
 def test_networks_that_are_not_wanted_are_not_fetched(tokenizer, evaluate, monkeypatch, capsys, refused, tmp_path):
     """With "none" nothing is asked of the network, and the line about what is missing says how to get it."""
-    monkeypatch.setattr(runtime, "published", Mock(side_effect=AssertionError))
+    monkeypatch.setattr(runtime, "download_weights", Mock(side_effect=AssertionError))
     table = evaluate(tokenizer=tokenizer, feature_net="none", lpips_net="none", val_images=2, probe_images=2)
     assert table["rFID"] is None and table["LPIPS"] is None and table["PSNR"] > 0
-    line, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("will not be measured")]
-    assert "feature_net=none" in line and "lpips_net=none" in line
+    lines = [line for line in capsys.readouterr().out.splitlines() if "will not be measured" in line]
+    assert len(lines) == 2 and "rFID" in lines[0] and "feature_net=none" in lines[0]
+    assert "LPIPS" in lines[1] and "lpips_net=none" in lines[1]
     samples = folder_of(pictures(10), tmp_path / "a")
     assert "feature_net=none" in refused(samples=samples, reference=samples, feature_net="none")
 
 
 @pytest.mark.parametrize("given", ["tokenizer", "paired"], indirect=True)
 def test_without_weights_the_rest_of_the_table_is_measured(given, evaluate, offline, monkeypatch, capsys):
-    """One line, before anything is measured, names every file that is missing, from where it comes and where it should
-    lie."""
-    shown, in_order, url = [], data.in_order, stage4.INCEPTION[0]
-    monkeypatch.setattr(data, "in_order", lambda *words: shown.append(capsys.readouterr().out) or in_order(*words))
+    """A line for each metric, before anything is measured, names the file that is missing, from where it comes and where
+    it should lie."""
+    shown, eval_loader, url = [], data.eval_loader, stage4.INCEPTION[0]
+    monkeypatch.setattr(data, "eval_loader", lambda *words, **more: shown.append(capsys.readouterr().out)
+                        or eval_loader(*words, **more))
     table = evaluate(**{**given, "feature_net": ""})
     measured = {"PSNR", "SSIM", "sharpness"} | (PROBES if "tokenizer" in given else set())
     assert numbers(table).keys() == measured and table.keys() == measured | {"measured", "constants", "rFID", "LPIPS"}
     assert table["rFID"] is None and table["LPIPS"] is None
-    line, = [line for line in shown[0].splitlines() if line.startswith("will not be measured")]
-    for url in url, "https://download.pytorch.org/models/vgg16-397923af.pth":
+    lines = [line for line in shown[0].splitlines() if "will not be measured" in line]
+    for url, line in zip((url, "https://download.pytorch.org/models/vgg16-397923af.pth"), lines, strict=True):
         assert url in line and str(offline / url.rsplit("/", 1)[1]) in line
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["rFID", "–"] in rows and ["LPIPS", "–"] in rows
@@ -617,7 +642,7 @@ def test_an_error_is_all_that_stands_on_stderr(tmp_path):
     network.write_bytes(b"not a network")
     result = run_script("eval.py", *options(samples=samples, reference=samples, feature_net=network), ok=False)
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1
-    assert result.stderr.startswith(f"error: feature_net={network} is not a file of torch.export")
+    assert result.stderr.startswith(f"error: feature_net={network} must be a file of torch.export")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -627,7 +652,7 @@ def test_an_error_is_all_that_stands_on_stderr(tmp_path):
 def halves(features, labels):
     """Training and validation half of features (N, D) and labels (N,), for probe()."""
     half = len(labels) // 2
-    return features[:half].numpy(), labels[:half], features[half:].numpy(), labels[half:]
+    return features[:half], labels[:half], features[half:], labels[half:]
 
 
 def gaussian_pair(count):

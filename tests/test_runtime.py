@@ -1,6 +1,7 @@
 """What every script needs to start, log, stop and resume: a typing error is one line, a crash loses no checkpoint."""
 import copy
 import hashlib
+import io
 import json
 import math
 import platform
@@ -44,7 +45,7 @@ def configure(tmp_path):
 def alone(**more):
     """A process without others, or what `more` makes of it."""
     return SimpleNamespace(**{"first": True, "count": 1, "torch": torch, "sum": lambda tensor: tensor,
-                              "gather": lambda items: items, **more})
+                              "gather": lambda items: items, "print": print, **more})
 
 
 def failure(call, *arguments):
@@ -158,17 +159,20 @@ def test_a_device_or_type_that_is_not_there_is_named(arguments, name):
 
 
 def test_when_blocks_are_compiled(monkeypatch):
-    """By default on CUDA alone; by True wherever it works, and where it does not, that is one line."""
-    def compiles(wanted, device="cpu"):
-        return runtime.Distributed.compiles(SimpleNamespace(device=torch.device(device)), wanted)
+    """By default on CUDA, and on a CPU where it pays and works; by True wherever it works, and where it does not, that
+    is one line."""
+    def compiles(wanted, device="cpu", pays=False):
+        return runtime.Distributed.compiles(SimpleNamespace(device=torch.device(device)), wanted, pays)
 
     def broken(call):
         raise RuntimeError("No working C++ compiler found\nTraceback and so on")
 
     monkeypatch.setattr(torch, "compile", lambda call: call)
     assert [compiles(wanted) for wanted in ("auto", "True", "False")] == [False, True, False]
+    assert [compiles(wanted, pays=True) for wanted in ("auto", "True", "False")] == [True, True, False]
     assert "compile='yes'" in failure(compiles, "yes")
     monkeypatch.setattr(torch, "compile", broken)
+    assert [compiles("auto", device, pays=True) for device in ("cpu", "cuda", "mps")] == [False, True, False]
     assert [compiles(wanted, "cuda") for wanted in ("auto", "False")] == [True, False]
     assert "compile=True" in (message := failure(compiles, "True")) and message.endswith("C++ compiler found")
 
@@ -183,7 +187,7 @@ def test_true_and_false_for_a_constant_that_is_auto(value, default):
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors lose no time with them")
 def test_numbers_below_those_of_full_precision_are_zero():
     """On all threads: they inherit it from the one that starts them, so this needs a process without any."""
-    out = python("-c", "import torch, runtime\nruntime.Processes('cpu', 'float32')\ntorch.set_num_threads(2)\n"
+    out = python("-c", "import torch, runtime\nruntime.Distributed('cpu', 'float32')\ntorch.set_num_threads(2)\n"
                        "print((torch.full((1 << 20,), 1e-30) * 1e-10).count_nonzero().item())").stdout
     assert out.splitlines()[-1] == "0"
 
@@ -307,7 +311,7 @@ def test_cosine_end_points():
     assert math.isfinite(runtime.cosine(5, 5, 1.0, 0.0, warmup=5)), "a warm-up over the whole run"
 
 
-def test_update_average():
+def test_update_ema():
     """m t + (1 - m) s, in place and without a gradient; m = 1 leaves it alone."""
     trained = [torch.randn(3, 2, requires_grad=True), torch.randn(5, requires_grad=True)]
     averaged = [torch.randn(3, 2), torch.randn(5)]
@@ -354,24 +358,48 @@ def test_terms_that_come_and_go_are_averaged_over_the_steps_that_have_them(tmp_p
     assert "step 7: adversarial is nan" in failure(progress.report, 0.1)
 
 
-def test_the_time_spent_waiting_for_data_is_logged_as_a_share(tmp_path):
-    """A loader that takes most of the time, then one that takes none; what start_clock() leaves out is left out."""
-    def slow():
-        while True:
-            time.sleep(0.03)
-            yield "batch"
+def test_a_log_file_gets_a_line_per_report(tmp_path, capsys):
+    """And no bar. From the first process alone."""
+    for first in True, False:
+        progress = runtime.Progress(tmp_path, 10, 40, 8, alone(first=first, print=print if first else lambda *_: None))
+        for step in range(20):
+            progress.add({"l1": torch.tensor(0.25), "grad_norm": torch.tensor(1.5)})
+            if progress.step % 10 == 0:
+                progress.report(lr=0.1)
+        assert list(runtime.bar(range(3), alone(first=first), desc="encoding")) == [0, 1, 2]
+        progress.bar.close()
+        printed = capsys.readouterr()
+        lines = re.sub(r"img/s \d+, \d\d:\d\d left", "img/s and time", printed.out).splitlines()
+        expected = [f"step {step}/40: l1 0.250, grad_norm 1.500, img/s and time" for step in (20, 30)]
+        assert lines == (expected if first else []) and printed.err == ""
 
-    progress, loader = runtime.Progress(tmp_path, 0, 9, 8, alone()), slow()
-    for source in loader, iter(["batch"] * 2):
-        for _ in range(2):
-            assert progress.wait_for(source) == "batch"
-            time.sleep(0.005)
-            progress.add({"l1": torch.tensor(1.0)})
-        progress.report(lr=0.1)
-        progress.wait_for(loader)
+
+def test_a_terminal_gets_a_bar(tmp_path, capsys, monkeypatch):
+    """On standard error, and no lines beside it."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", terminal)
+    progress = runtime.Progress(tmp_path, 0, 2, 8, alone())
+    for _ in range(2):
+        progress.add({"l1": torch.tensor(0.25)})
+    progress.report(lr=0.1)
+    list(runtime.bar(range(3), alone(), desc="encoding"))
+    progress.bar.close()
+    assert "l1=0.250" in terminal.getvalue() and "encoding: 100%" in terminal.getvalue()
+    assert capsys.readouterr().out == ""
+
+
+def test_the_time_spent_waiting_for_data_is_logged_as_a_share(tmp_path):
+    """Of the time since the last report; what start_clock() leaves out is left out."""
+    progress = runtime.Progress(tmp_path, 0, 9, 8, alone())
+    for waited in 0.04, 0:
+        time.sleep(0.05)
+        progress.add({"l1": torch.tensor(1.0)})
+        progress.report(0.1, waited)
+        time.sleep(0.05)
         progress.start_clock()
     first, second = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
-    assert 0.5 < first["waiting"] < 1 and second["waiting"] < 0.2
+    assert 0.4 < first["waiting"] <= 0.8 and second["waiting"] == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -428,7 +456,7 @@ def test_weights_are_fetched_once_per_machine_and_missed_by_all(tmp_path, monkey
 
 
 @pytest.mark.filterwarnings("ignore:.*pretrained:UserWarning", "ignore:.*weight enum:UserWarning")
-def test_lpips_in_autocast():
+def test_lpips_for_training(monkeypatch):
     """The same in float32; in bfloat16 less than a hundredth off, with distances in float32 and the same gradient up to
     rounding."""
     torch.manual_seed(0)
@@ -437,7 +465,8 @@ def test_lpips_in_autocast():
     results = {}
     for dtype in "", "float32", "bfloat16":
         network = copy.deepcopy(perceptual)
-        network = runtime.lpips_in_autocast(network, runtime.Distributed("cpu", dtype)) if dtype else network
+        monkeypatch.setattr(runtime, "load_lpips", lambda *_: network)
+        network = runtime.training_lpips(runtime.Distributed("cpu", dtype)) if dtype else network
         x = b.clone().requires_grad_()
         distance = network(x, a)
         distance.sum().backward()
