@@ -84,8 +84,8 @@ def test_simclr(fork):
 
 
 def test_third_stage_of_compression(fork):
-    """p = 2 of 32 px: 256 tokens become 16. A masked output token hides all 16 of its patches: what stands there makes no
-    difference to any output. Then a run."""
+    """p = 2 of 32 px: 256 tokens become 16. A masked output token hides all 16 of its patches: what stands there makes
+    no difference to any output. Then a run."""
     folder = fork("third stage")
     python("-c", """
 import torch
