@@ -20,9 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
-from runtime import Stopped, check, fail
+from runtime import Stopped, bar, check, fail
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp"}
 BAD_SHARE = 0.01  # a run stops if more than this share of its images can't be decoded
@@ -347,7 +346,7 @@ def eval_loader(source, size, batch_size, dist, workers=0, images=0, title="", i
     loader = torch.utils.data.DataLoader(
         CenterCrops(source, size), sampler=[mine[k:k + batch_size] for k in range(0, len(mine), batch_size)],
         batch_size=None, num_workers=workers, worker_init_fn=outlive_sigterm)
-    for pixels, chosen, names in tqdm(loader, desc=title, disable=not (dist.first and title)):
+    for pixels, chosen, names in bar(loader, dist, desc=title) if title else loader:
         bad += names
         if len(pixels) or keep_empty:
             yield pixels, chosen

@@ -3,7 +3,7 @@
     configure            a script's constants, overridden by config files and the command line
     Distributed          this process among the others: device, precision, sums over all, SIGTERM
     open_run, make_folder, save_checkpoint, load_checkpoint, check_resumable, fingerprint, latents_of
-    Log, Progress        log.jsonl, and the progress bar
+    Log, Progress, bar   log.jsonl, and what a terminal or a batch job's log file shows of a run
     cosine, update_ema   the schedule of the learning rate and of the teacher's momentum; teacher and averaged weights
     download_weights, load_lpips, training_lpips    weights trained by others, with a checksum
 """
@@ -189,16 +189,19 @@ class Distributed:
         votes = self.sum(torch.tensor(float(seconds(torch.bfloat16) < 0.5 * seconds(torch.float32))))
         return votes.item() == self.count
 
-    def compiles(self, wanted):
-        """Whether to compile the blocks, by the constant `compile`: "True", "False" or "auto" (only on CUDA)."""
+    def compiles(self, wanted, pays=False):
+        """Whether to compile the blocks, by the constant `compile`: "True", "False" or "auto", which is yes on CUDA, and
+        on a CPU where it `pays` and there is a C++ compiler."""
         check(wanted in ("auto", "True", "False"), f"compile={wanted!r}: it is 'auto', True or False")
-        if wanted == "True":
+        if wanted == "True" or wanted == "auto" and pays and self.device.type == "cpu":
             try:
                 torch.compile(lambda x: x + 1)(torch.ones(2, device=self.device))
+                return True
             except Exception as error:
-                fail("compile=True does not work here (a CPU needs a C++ compiler for it): "
-                     f"{str(error).splitlines()[0]}", everywhere=False)
-        return wanted == "True" or wanted == "auto" and self.device.type == "cuda"
+                if wanted == "True":
+                    fail("compile=True does not work here (a CPU needs a C++ compiler for it): "
+                         f"{str(error).splitlines()[0]}", everywhere=False)
+        return wanted == "auto" and self.device.type == "cuda"
 
     def autocast(self):
         """A context in which matrix products are computed in `dtype`."""
@@ -329,6 +332,11 @@ def git_revision():
         return ""
 
 
+def bar(items, dist, **words):
+    """A progress bar over `items`, drawn by the first process on a terminal; a log file would get it a thousand times."""
+    return tqdm(items, disable=None if dist.first else True, **words)
+
+
 class Log:
     """log.jsonl, one line per logged step, written by the first process. Lines after `step` are removed: a run that was
     killed after its last checkpoint repeats those steps."""
@@ -345,16 +353,17 @@ class Log:
 
 
 class Progress:
-    """What a training loop shows and writes while it runs: the bar, the log, and the check that all numbers are finite.
+    """What a training loop shows and writes while it runs: the bar, or where no terminal can redraw it a line per
+    report, the log, and the check that all numbers are finite.
 
     `add` a step's terms without waiting for the device; `report` waits for it, once for all steps since the last one.
     """
 
     def __init__(self, out_dir, start, steps, batch_size, dist):
-        self.dist, self.batch_size, self.step = dist, batch_size, start
+        self.dist, self.batch_size, self.step, self.steps = dist, batch_size, start, steps
         self.checkpoint = Path(out_dir, "checkpoint.pt")
         self.log = Log(Path(out_dir, "log.jsonl"), start) if dist.first else None
-        self.bar = tqdm(total=steps, initial=start, disable=not dist.first, unit="step", smoothing=0.05)
+        self.bar = bar(None, dist, total=steps, initial=start, unit="step", smoothing=0.05)
         self.pending, self.since = [], time.perf_counter()
 
     def add(self, terms):
@@ -381,7 +390,12 @@ class Progress:
         speed = self.batch_size * len(self.pending) / seconds
         means = {name: sum(values) / len(values) for name, values in by_name.items()}
         self.write(**means, lr=lr, seconds=seconds, images_per_second=speed, waiting=waited / seconds)
-        self.bar.set_postfix({**{name: f"{value:.3f}" for name, value in means.items()}, "img/s": f"{speed:.0f}"})
+        shown = {**{name: f"{value:.3f}" for name, value in means.items()}, "img/s": f"{speed:.0f}"}
+        self.bar.set_postfix(shown)
+        if self.bar.disable:
+            left = tqdm.format_interval((self.steps - self.step) * seconds / len(self.pending))
+            terms = ", ".join(f"{name} {value}" for name, value in shown.items())
+            self.dist.print(f"step {self.step}/{self.steps}: {terms}, {left} left")
         self.pending = []
         self.start_clock()
 

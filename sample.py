@@ -12,7 +12,6 @@ import os
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import data
 import runtime
@@ -85,7 +84,7 @@ def main():
         os.remove(part)  # begun with other constants, for other samples
     store = data.Store(part, about, len(labels), (side, side, 3), np.uint8, dist)
     mine = store.to_do(dist)[dist.rank::dist.count]
-    for k in tqdm(range(0, len(mine), batch_size), desc="sampling", unit="batch", disable=not dist.first):
+    for k in runtime.bar(range(0, len(mine), batch_size), dist, desc="sampling", unit="batch"):
         i = mine[k:k + batch_size]
         store.put(i, draw(dit, tcae, i, labels[i], shape, saved["constants"]["shift_base"], dist).numpy())
         if dist.stop:

@@ -50,7 +50,7 @@ resume = False  # True: go on from out_dir/checkpoint.pt if there is one
 seed = 0  # of everything random
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
-compile = "auto"  # torch.compile the blocks: True (a CPU needs a C++ compiler for it), False; auto = on CUDA
+compile = "auto"  # torch.compile the blocks: True, False; auto = on CUDA, in a long run on a CPU with a C++ compiler
 log_every = 100  # steps
 save_every = 5000  # steps between checkpoints
 sample_every = 5000  # steps between pictures of EMA samples
@@ -165,7 +165,7 @@ def main():
         dist.print(f"{path} is finished: step {resumed['step']}")
         return dist.close()
     check_constants(dist)
-    compiled = dist.compiles(compile)
+    dist.compiles(compile)  # compile=True that doesn't work is known before an hour of encoding
     runtime.make_folder(out_dir)
 
     # The tokenizer, frozen
@@ -210,9 +210,13 @@ def main():
         ema.load_state_dict(resumed["ema"])
         optimizer.load_state_dict(resumed["optimizer"])
         dist.print(f"resumed from {path} at step {start}")
-    if compiled:
-        compile_blocks(model, ema)
     trained, averaged = list(model.parameters()), list(ema.parameters())
+
+    # On a CPU compiling takes 10 to 40 s, and steps then 0.65 to 0.8 of the time: worth it if all of them, at six
+    # operations per weight and token, take minutes. (A resumed run must decide the same, so constants alone decide.)
+    operations = 6 * sum(p.numel() for p in trained) * side**2 * batch_size * steps
+    if dist.compiles(compile, pays=operations > 2e13):
+        compile_blocks(model, ema)
     wrapped = dist.distribute(model)
 
     loader = data.TrainLoader(source, None, batch_size, start, steps, seed, dist, accumulate, workers)
@@ -231,8 +235,8 @@ def main():
 
         total = 0
         for part in range(accumulate):
-            # One stream of random numbers for each example, for any number of processes: is it mirrored, its time t,
-            # which is logit-normal(0, 1), its noise, and is its label dropped, so that the model learns the null class.
+            # Each example has its own stream of random numbers, the same for any number of processes. It decides: mirror
+            # image or not; the time t, logit-normal(0, 1); the noise; and whether the label is dropped for guidance.
             batch = next(loader)
             rngs = [np.random.default_rng([seed, 0, step // steps_per_epoch, i]) for i in batch["index"].tolist()]
             mirrored = torch.tensor([rng.random() < 0.5 for rng in rngs])

@@ -52,7 +52,7 @@ class Classifier(nn.Module):
 def reconstructions(tcae, split, count, size):
     """uint8 (count, size, size, 3), labels (count,)."""
     source, out = data.Shapes(split, count, size), []
-    for k in tqdm(range(0, count, 200), desc=f"reconstructing {split}"):
+    for k in tqdm(range(0, count, 200), desc=f"reconstructing {split}", disable=None):
         pixels = np.stack([np.asarray(source.load(i)) for i in range(k, min(k + 200, count))])
         out.append(data.to_uint8(tcae(data.to_float(torch.from_numpy(pixels), "cpu"))))
     return torch.cat(out), torch.tensor(source.labels)
@@ -70,7 +70,7 @@ def main():
     network, steps = Classifier(len(names)), epochs * (len(pixels) // batch_size)
     optimizer = torch.optim.AdamW(network.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
-    for step in tqdm(range(steps), desc="classifier"):
+    for step in tqdm(range(steps), desc="classifier", disable=None):
         chosen = torch.randint(len(pixels), (batch_size,))
         x = pixels[chosen]
         for axis in 1, 2:  # every shape stays one of its class when mirrored

@@ -1,6 +1,7 @@
 """What every script needs to start, log, stop and resume: a typing error is one line, a crash loses no checkpoint."""
 import copy
 import hashlib
+import io
 import json
 import math
 import platform
@@ -44,7 +45,7 @@ def configure(tmp_path):
 def alone(**more):
     """A process without others, or what `more` makes of it."""
     return SimpleNamespace(**{"first": True, "count": 1, "torch": torch, "sum": lambda tensor: tensor,
-                              "gather": lambda items: items, **more})
+                              "gather": lambda items: items, "print": print, **more})
 
 
 def failure(call, *arguments):
@@ -158,17 +159,20 @@ def test_a_device_or_type_that_is_not_there_is_named(arguments, name):
 
 
 def test_when_blocks_are_compiled(monkeypatch):
-    """By default on CUDA alone; by True wherever it works, and where it does not, that is one line."""
-    def compiles(wanted, device="cpu"):
-        return runtime.Distributed.compiles(SimpleNamespace(device=torch.device(device)), wanted)
+    """By default on CUDA, and on a CPU where it pays and works; by True wherever it works, and where it does not, that
+    is one line."""
+    def compiles(wanted, device="cpu", pays=False):
+        return runtime.Distributed.compiles(SimpleNamespace(device=torch.device(device)), wanted, pays)
 
     def broken(call):
         raise RuntimeError("No working C++ compiler found\nTraceback and so on")
 
     monkeypatch.setattr(torch, "compile", lambda call: call)
     assert [compiles(wanted) for wanted in ("auto", "True", "False")] == [False, True, False]
+    assert [compiles(wanted, pays=True) for wanted in ("auto", "True", "False")] == [True, True, False]
     assert "compile='yes'" in failure(compiles, "yes")
     monkeypatch.setattr(torch, "compile", broken)
+    assert [compiles("auto", device, pays=True) for device in ("cpu", "cuda", "mps")] == [False, True, False]
     assert [compiles(wanted, "cuda") for wanted in ("auto", "False")] == [True, False]
     assert "compile=True" in (message := failure(compiles, "True")) and message.endswith("C++ compiler found")
 
@@ -352,6 +356,37 @@ def test_terms_that_come_and_go_are_averaged_over_the_steps_that_have_them(tmp_p
     progress.add({"l1": torch.tensor(1.0)})
     progress.add({"l1": torch.tensor(1.0), "adversarial": torch.tensor(math.nan)})
     assert "step 7: adversarial is nan" in failure(progress.report, 0.1)
+
+
+def test_a_log_file_gets_a_line_per_report(tmp_path, capsys):
+    """And no bar. From the first process alone."""
+    for first in True, False:
+        progress = runtime.Progress(tmp_path, 10, 40, 8, alone(first=first, print=print if first else lambda *_: None))
+        for step in range(20):
+            progress.add({"l1": torch.tensor(0.25), "grad_norm": torch.tensor(1.5)})
+            if progress.step % 10 == 0:
+                progress.report(lr=0.1)
+        assert list(runtime.bar(range(3), alone(first=first), desc="encoding")) == [0, 1, 2]
+        progress.bar.close()
+        printed = capsys.readouterr()
+        lines = re.sub(r"img/s \d+, \d\d:\d\d left", "img/s and time", printed.out).splitlines()
+        expected = [f"step {step}/40: l1 0.250, grad_norm 1.500, img/s and time" for step in (20, 30)]
+        assert lines == (expected if first else []) and printed.err == ""
+
+
+def test_a_terminal_gets_a_bar(tmp_path, capsys, monkeypatch):
+    """On standard error, and no lines beside it."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", terminal)
+    progress = runtime.Progress(tmp_path, 0, 2, 8, alone())
+    for _ in range(2):
+        progress.add({"l1": torch.tensor(0.25)})
+    progress.report(lr=0.1)
+    list(runtime.bar(range(3), alone(), desc="encoding"))
+    progress.bar.close()
+    assert "l1=0.250" in terminal.getvalue() and "encoding: 100%" in terminal.getvalue()
+    assert capsys.readouterr().out == ""
 
 
 def test_the_time_spent_waiting_for_data_is_logged_as_a_share(tmp_path):

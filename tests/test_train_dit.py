@@ -70,6 +70,17 @@ def test_what_is_trained_is_compiled(base, tmp_path, monkeypatch):
     assert [type(network).__name__ for network in compiled] == ["JointTokenizer", "LightningDiT", "LightningDiT"]
 
 
+def test_a_long_run_on_a_cpu_is_compiled_by_itself(base, tmp_path, monkeypatch):
+    """The demo's is, and these tests' are not."""
+    asked = []
+    monkeypatch.setattr(runtime.Distributed, "compiles", lambda _, wanted, pays=False: asked.append((wanted, pays)))
+    monkeypatch.setattr(data, "TrainLoader", lambda *_: iter([]))  # an end before the first step
+    for changes in {}, {"size": "192/6/6", "epochs": 400, "batch_size": 64}:
+        with pytest.raises(StopIteration):
+            run_here(train_dit, **{**constants(base, tmp_path), **changes})
+    assert asked == [("auto", False), ("auto", False), ("auto", False), ("auto", True)]
+
+
 @pytest.fixture
 def train(base, tmp_path):
     """train(**changes) runs train_dit's main() in this process, on the cache, into tmp_path."""
