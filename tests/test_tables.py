@@ -1,5 +1,7 @@
 """The paper's tables: every command is valid and fits the others, a table is made once, from whole results alone; what
 --cost counts is what a person counts by hand."""
+import ast
+import functools
 import importlib.util
 import json
 import os
@@ -83,6 +85,12 @@ def replace_processes(monkeypatch, run):
     monkeypatch.setitem(globals(), "load", loaded)
 
 
+@pytest.fixture(autouse=True)
+def parse_once(monkeypatch, parse=functools.cache(ast.parse)):
+    """configure() parses its script's source, here for hundreds of commands."""
+    monkeypatch.setattr(ast, "parse", parse)
+
+
 def parsed(words, scripts):
     """(script, constants, what it writes) of a command; an unknown name ends the test."""
     path, *arguments = words
@@ -124,23 +132,25 @@ TABLES = [name for name in load("runs/tables.py").TABLES if " " not in name]
 
 @pytest.mark.parametrize("scale", ["imagenet", "shapes"])
 @pytest.mark.parametrize("table", TABLES)
-def test_every_command_is_valid(monkeypatch, capsys, scripts, tables, tmp_path, table, scale):
+def test_every_command_is_valid(monkeypatch, capsys, scripts, tables, table, scale, checked=set()):
     """Its constants fit together, what it reads was written before; and what is measured is what the table prints."""
     written = {""}
-    commands = shown(monkeypatch, capsys, scripts, table=table, scale=scale, out_dir=tmp_path)
+    commands = shown(monkeypatch, capsys, scripts, table=table, scale=scale, out_dir="OUT")
     for path, constants, out, processes in commands:
         assert {constants[name] for name in FILES[path][0]} <= written, path
         written.add(out)
-        if path.startswith(("train_", "finetune_")):
+        apart_from_names = str({name: value for name, value in constants.items() if "OUT" not in str(value)})
+        if path.startswith(("train_", "finetune_")) and (path, apart_from_names) not in checked:
+            checked.add((path, apart_from_names))
             assert constants["resume"] and processes == (8 if scale == "imagenet" else 1)
             with monkeypatch.context() as changed:
                 for name, value in constants.items():
                     changed.setattr(scripts[path], name, value)
                 scripts[path].check_constants(SimpleNamespace(count=processes))
-        if path == "train_tokenizer.py":
-            with torch.device("meta"):
-                TCAE.from_constants(constants)
-    results = {str(Path(out).relative_to(tmp_path)) for out in written if out.endswith(".json")}
+            if path == "train_tokenizer.py":
+                with torch.device("meta"):
+                    TCAE.from_constants(constants)
+    results = {out.removeprefix("OUT/") for out in written if out.endswith(".json")}
     expected = set()
     for name in [name for name in tables.TABLES if name.split()[0] == table]:
         _, columns, rows = tables.TABLES[name]
@@ -446,16 +456,16 @@ def test_a_generator_s_operations_are_those_of_the_formula(tables):
 
 def test_costs_are_printed(monkeypatch, capsys):
     """S–S costs 75 GFLOPs by hand, and convolutions; hours are of 1,281,167 images an epoch at 8 × 396 TFLOP/s."""
-    call(monkeypatch, table=2, cost=True)
+    call(monkeypatch, table=8, cost=True)
     tokenizers, stages, generator = capsys.readouterr().out.split("\n\n")[1:]
     head, _, *rows = tokenizers.strip().splitlines()
     rows = [row.strip("| ").split(" | ") for row in rows]
     cells = {name: [float(number) for number in numbers] for name, *numbers in rows}
-    assert list(cells) == ["p8-none", "p8-stc-none", "p8", "p8-stc"]
+    assert list(cells) == ["p8-stc-shuffle-none", "p8-stc-none"]
     assert {len(numbers) for numbers in cells.values()} == {head.count("|") - 2}
-    _, _, encode, decode, both, _, multiply_adds, step, hours = cells["p8-stc"]
+    _, _, encode, decode, both, _, multiply_adds, step, hours = cells["p8-stc-none"]
     assert 75 < both < 80 and both == pytest.approx(encode + decode, abs=0.1)
-    assert multiply_adds == pytest.approx(both / 2, abs=0.1) and step > cells["p8-stc-none"][-2]
+    assert multiply_adds == pytest.approx(both / 2, abs=0.1)
     assert hours == pytest.approx(step * 1e9 * 50 * 1281167 / (8 * 396e12) / 3600, abs=0.1)
     for row in stages.strip().splitlines()[2:]:
         step, epochs, hours = map(float, row.strip("| ").split(" | ")[1:])
