@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 train_dit.py --tokenizer=out/tokenizer/checkpoint.pt --data_dir=imagenet
 
 The first run encodes the data set and its mirror image once, into latents.cache (ImageNet at 8 × 8 × 128: 42 GB on
-disk, memory-mapped, so never in memory); if it is interrupted, the next run continues. The tokenizer's settings come
-from its checkpoint. Writes out_dir/checkpoint.pt, log.jsonl and samples.png.
+disk, memory-mapped); if it is interrupted, the next run continues. The tokenizer's settings come from its checkpoint.
+Writes out_dir/checkpoint.pt, log.jsonl and samples.png.
 """
 import copy
 import os
@@ -39,6 +39,8 @@ learning_rate = 2e-4  # after the warm-up
 min_learning_rate = 2e-5  # at the end, if it decays
 decay_epoch = 0.0  # from this epoch to the last the rate falls linearly (Table 4: 40 of 800); 0 = it is constant
 warmup_steps = 0  # over which the rate rises from 0
+optimizer = "adamw"  # or "muon": Muon for the matrices inside blocks, AdamW for the rest
+muon_rate = 3.0  # Muon's learning rate, times learning_rate
 betas = (0.9, 0.95)  # AdamW
 weight_decay = 0.0  # of all weights
 grad_clip = 1.0  # largest norm of the gradient; 0 = any
@@ -66,6 +68,7 @@ def check_constants(dist):
     for name in "epochs", "batch_size", "accumulate", "log_every", "save_every", "sample_every", "sample_steps", \
             "shift_base":
         check(globals()[name] > 0, f"{name}={globals()[name]} must be at least 1")
+    check(optimizer in runtime.OPTIMIZERS, f"optimizer={optimizer!r}: it is {' or '.join(runtime.OPTIMIZERS)}")
     for name in "label_dropout", "ema_momentum":
         check(globals()[name] <= 1, f"{name}={globals()[name]} must be between 0 and 1")
     check(len(betas) == 2 and max(betas) < 1, f"betas={betas} must be two numbers, each at least 0 and below 1")
@@ -115,8 +118,7 @@ def encode(tcae, pixels, dist):
 
 def fill_cache(path, tcae, latents_of, images, image_size, shape, dist):
     """The cache at `path`, made if it isn't there, and completed: each process encodes its share of what it lacks."""
-    check(os.path.isdir(os.path.dirname(path) or ".") and not os.path.isdir(path),
-          f"cache={path} must be a file in a folder that is there")
+    check(os.path.isdir(os.path.dirname(path) or "."), f"cache={path}: there is no such folder")
     about = {"tokenizer": latents_of, "image_size": image_size, "images": len(images), "files": images.fingerprint()}
     if rebuild_cache and dist.first and os.path.exists(path):
         os.remove(path)
@@ -165,7 +167,7 @@ def main():
         dist.print(f"{path} is finished: step {resumed['step']}")
         return dist.close()
     check_constants(dist)
-    dist.compiles(compile)  # compile=True that doesn't work is known before an hour of encoding
+    dist.compiles(compile)  # fails now, not after an hour of encoding, if compile=True doesn't work here
     runtime.make_folder(out_dir)
 
     # The tokenizer, frozen
@@ -199,8 +201,7 @@ def main():
     torch.manual_seed(seed)  # again, whatever random numbers encoding has taken
     model = LightningDiT(size, shape[0], side, classes).to(dist.device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay,
-                                  fused=dist.device.type in ("cuda", "cpu"))
+    optimizer = runtime.Optimizer(model, constants, dist)
     dist.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(images)} images of "
                f"{classes} classes as latents {' × '.join(map(str, shape))}; {steps} steps of {batch_size}")
     start = 0
@@ -212,9 +213,9 @@ def main():
         dist.print(f"resumed from {path} at step {start}")
     trained, averaged = list(model.parameters()), list(ema.parameters())
 
-    # On a CPU compiling takes 10 to 40 s, and steps then 0.65 to 0.8 of the time: worth it if all of them, at six
-    # operations per weight and token, take minutes. (A resumed run must decide the same, so constants alone decide.)
-    operations = 6 * sum(p.numel() for p in trained) * side**2 * batch_size * steps
+    # On a CPU, compiling takes 10 to 40 s and saves a quarter of every step: worth it in a run of minutes. The constants
+    # alone decide, so that a resumed run decides the same.
+    operations = 6 * sum(p.numel() for p in trained) * side**2 * batch_size * steps  # 6 per weight and token
     if dist.compiles(compile, pays=operations > 2e13):
         compile_blocks(model, ema)
     wrapped = dist.distribute(model)
@@ -224,14 +225,9 @@ def main():
     picture = os.path.join(out_dir, "samples.png")
 
     for step in range(start, steps):
-        # Only for dropout that you may add: what a step draws below is decided by (seed, epoch, image).
-        torch.manual_seed(hash((seed, step, dist.rank)) % 2**63)
-
         # Constant learning rate (after a warm-up), then linear decay from decay_epoch on.
         decayed = max(0, step - decay_step) / max(1, steps - decay_step)
         lr = (learning_rate + (min_learning_rate - learning_rate) * decayed) * min(1, (step + 1) / max(1, warmup_steps))
-        for group in optimizer.param_groups:
-            group["lr"] = lr
 
         total = 0
         for part in range(accumulate):
@@ -261,12 +257,11 @@ def main():
 
         # Update the weights, and the average of them that samples are drawn with.
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or float("inf"))
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(lr)
         runtime.update_ema(averaged, trained, ema_momentum)
         progress.add({"loss": total, "grad_norm": grad_norm})
 
-        # Log, save, draw samples. Only here do processes wait for their device; a NaN ends the run before it is saved.
+        # Log, save, draw samples: the only place that waits for the device. A NaN ends the run before it is saved.
         done, stopping = step + 1, dist.stop_requested()
         last = done == steps
         drawing, saving = done % sample_every == 0 or last, done % save_every == 0 or stopping or last
@@ -283,9 +278,9 @@ def main():
             progress.bar.close()
             dist.print(f"SIGTERM: saved {path} at step {done}; --resume=True goes on from there")
             return dist.close()
+        if drawing and dist.first:
+            draw_samples(ema, tcae, shape, images.classes, picture, dist)
         if drawing:
-            if dist.first:
-                draw_samples(ema, tcae, shape, images.classes, picture, dist)
             progress.start_clock()
     progress.bar.close()
     dist.print(f"wrote {path} and {picture}: step {steps}")

@@ -60,6 +60,8 @@ accumulate = 1  # micro-batches per step and process: less memory, the same grad
 learning_rate = 1e-3  # at the end of the warm-up
 min_learning_rate = 1e-6  # at the end
 warmup_epochs = 5.0  # over which the rate rises from 0
+optimizer = "adamw"  # or "muon": Muon for the matrices inside blocks and MLPs, AdamW for the rest
+muon_rate = 3.0  # Muon's learning rate, times learning_rate
 betas = (0.9, 0.95)  # AdamW
 weight_decay = 0.04  # of matrices; biases, norms and tokens have none
 grad_clip = 3.0  # largest norm of the whole gradient (iBOT clips each tensor's); 0 = no clipping
@@ -92,6 +94,7 @@ def check_constants(dist):
     check(batch_size % shares == 0, f"batch_size={batch_size} must be a multiple of {shares} (processes × accumulate)")
     check(ssl_method != "dinov2" or batch_size > shares,
           f"batch_size={batch_size} must be at least {2 * shares}: KoLeo compares a micro-batch's images")
+    check(optimizer in runtime.OPTIMIZERS, f"optimizer={optimizer!r}: it is {' or '.join(runtime.OPTIMIZERS)}")
     for name in ("warmup_epochs",) + (("freeze_prototypes_epochs",) if ssl_method != "none" else ()):
         check(globals()[name] <= epochs, f"{name}={globals()[name]} is more than epochs={epochs}")
     check(teacher_momentum <= 1, f"teacher_momentum={teacher_momentum} must be between 0 and 1")
@@ -126,6 +129,11 @@ class Views:
     def prepare(self, batch):
         images = batch.pop("images")  # (B, H, W, 3)
         return {"images": images, **(ssl.collate_crops(batch) if self.multi_crop else {})}
+
+
+def undecayed(name, parameter):
+    """Whether a parameter has no weight decay: biases, norms and learned tokens."""
+    return parameter.ndim <= 1 or name.endswith(("cls_token", "mask_token"))
 
 
 @torch.no_grad()
@@ -188,13 +196,7 @@ def main():
         multi_crop = ssl.MultiCrop(global_crop_size, global_crop_scale, local_crop_size, local_crop_scale, local_crops,
                                    tcae.encoder.output_patch, method["masks"])
     model = JointTokenizer(tcae, heads, multi_crop and multi_crop.masks)
-    not_decayed = {id(p) for p in model.parameters() if p.ndim <= 1}
-    not_decayed |= {id(tcae.encoder.cls_token), id(tcae.encoder.mask_token)}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW([{"params": [p for p in trained if id(p) not in not_decayed]},
-                                   {"params": [p for p in trained if id(p) in not_decayed], "weight_decay": 0.0}],
-                                  lr=learning_rate, betas=betas, weight_decay=weight_decay,
-                                  fused=dist.device.type in ("cuda", "cpu"))
+    optimizer = runtime.Optimizer(model, constants, dist, undecayed)
     dist.print(f"parameters: encoder {count_parameters(tcae.encoder, tcae.bottleneck):.1f} M, "
                f"decoder {count_parameters(tcae.decoder):.1f} M"
                + (f", head {count_parameters(heads):.1f} M" if heads else ""))
@@ -232,8 +234,6 @@ def main():
         # Images and crops have random numbers of their own (data.py); these are for a dropout that you may add.
         torch.manual_seed(hash((seed, step, dist.rank)) % 2**63)
         lr = runtime.cosine(step, steps, learning_rate, min_learning_rate, warmup_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
         temperature = ssl.teacher_temperature(step / steps_per_epoch, teacher_temp_warmup_epochs, *teacher_temp)
 
         step_terms = {}
@@ -281,8 +281,7 @@ def main():
             for head in heads.values():
                 head.prototypes.grad = None
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf"))
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(lr)
 
         # The teacher follows the student, ever more slowly; its centres follow its outputs.
         if heads:

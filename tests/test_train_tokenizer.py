@@ -20,7 +20,7 @@ import runtime
 import ssl
 import train_tokenizer
 from conftest import ROOT, clean_environment, fork_two, run_script
-from model import TCAE, JointTokenizer
+from model import TCAE, IBOTHead, JointTokenizer
 
 TINY = dict(data_dir="shapes", shapes_images=80, image_size=32, patch_size=4, downsample=8, latent_channels=6,
             encoder="32/2/2", decoder="32/2/2", stc_depth=1, lpips_weight=0, prototypes=64, head_hidden=32,
@@ -159,7 +159,7 @@ def test_the_teacher_follows_the_student(straight, tmp_path, here):
         assert torch.cosine_similarity(way, all_the_way, dim=0) > 0.5
         assert 0.001 < way.norm() / all_the_way.norm() < 0.2
     assert torch.equal(start["teacher"][encoder], start["tokenizer"][encoder])
-    assert {int(each["step"]) for each in now["optimizer"]["state"].values()} == {10, 20}
+    assert {int(each["step"]) for each in now["optimizer"]["adamw"]["state"].values()} == {10, 20}
 
 
 def test_latents_of_a_finished_run_are_normalised(straight):
@@ -233,6 +233,18 @@ def test_other_methods_train_and_resume(method, heads, tmp_path, here):
         assert line["loss"] == pytest.approx(0.1 * line["l1"] + terms, abs=1e-4)
 
 
+def test_muon_trains_and_resumes(tmp_path, here):
+    """To the same weights, bit for bit, with one Muon's and one AdamW's state."""
+    same = dict(optimizer="muon")
+    here(**same, out_dir=tmp_path / "straight")
+    with stop_after(4):
+        here(**same, out_dir=tmp_path / "stopped")
+    here(**same, out_dir=tmp_path / "stopped", resume=True)
+    ours, theirs = (tensors(checkpoint(tmp_path / name)) for name in ("stopped", "straight"))
+    assert ours.keys() == theirs.keys() and any("/muon/" in name for name in ours)
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
 def test_a_finished_run_that_is_resumed_changes_nothing(straight, here):
     """A job that is queued again after its end: no further step, no other latents."""
     before = tensors(checkpoint(straight))
@@ -262,7 +274,8 @@ def assert_the_same_run(one, other):
     for name in a["centers"]:
         torch.testing.assert_close(a["centers"][name], b["centers"][name], rtol=0, atol=1e-5)
         assert a["centers"][name].abs().max() > 1e-3
-    gradients = [torch.cat([state["exp_avg"].flatten() for state in x["optimizer"]["state"].values()]) for x in (a, b)]
+    gradients = [torch.cat([mean.flatten() for name, mean in tensors(x["optimizer"]).items()
+                            if name.endswith(("/exp_avg", "/mean"))]) for x in (a, b)]
     assert gradients[0].norm() > 0.05
     assert (gradients[0] - gradients[1]).norm() < 1e-4 * gradients[0].norm()
     for part in "tokenizer", "heads", "teacher":
@@ -289,6 +302,16 @@ def test_accumulation_does_the_same(alone, two_steps, tmp_path, here):
     """Half the memory, the same step: losses and centres are of the whole batch."""
     here(**two_steps, accumulate=2, out_dir=tmp_path)
     assert_the_same_run(alone, tmp_path)
+
+
+def test_muon_in_two_processes_and_accumulated(two_steps, tmp_path, here):
+    """Its update is of the whole batch's gradient, and the same in every process."""
+    same = {**two_steps, "optimizer": "muon"}
+    here(**same, out_dir=tmp_path / "one")
+    here(**same, accumulate=2, out_dir=tmp_path / "accumulated")
+    fork_two(here, **same, out_dir=tmp_path / "two")
+    for other in "accumulated", "two":
+        assert_the_same_run(tmp_path / "one", tmp_path / other)
 
 
 @pytest.mark.parametrize("method", ["dino", "dinov2"])
@@ -358,25 +381,63 @@ def test_the_teacher_sees_what_the_student_must_guess(here, tmp_path, monkeypatc
     assert not torch.isclose(teacher.patch_logits, teacher_changed.patch_logits, atol=1e-6).all(1).any()
 
 
-def test_weight_decay_is_on_matrices_alone(here, tmp_path, monkeypatch):
+def model_and_optimizer(**changes):
+    """What a run of these constants trains, and how."""
+    torch.manual_seed(0)
+    runtime.configure(vars(train_tokenizer), arguments(**changes))
+    head, constants = IBOTHead(32, 32, prototypes=64), vars(train_tokenizer)
+    model = JointTokenizer(TCAE.from_constants(constants), torch.nn.ModuleDict({"cls": head, "patch": head}))
+    return model, runtime.Optimizer(model, constants, runtime.Distributed("cpu", "float32"), train_tokenizer.undecayed)
+
+
+@pytest.mark.parametrize("optimizer", runtime.OPTIMIZERS)
+def test_weight_decay_is_on_matrices_alone(here, optimizer):
     """Biases, norms and the learned tokens keep their size; everything that is trained is in one group."""
-    step, joint, seen = torch.optim.AdamW.step, JointTokenizer.__init__, SimpleNamespace()
+    model, optimizer = model_and_optimizer(weight_decay=0.04, optimizer=optimizer)
+    groups = [group for part in optimizer.parts.values() for group in part.param_groups]
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    assert sum(len(group["params"]) for group in groups) == len(decay)
+    for name, p in model.named_parameters():
+        plain = p.ndim == 1 or name.endswith(("cls_token", "mask_token"))
+        assert decay.pop(id(p)) == (0.0 if plain else 0.04), name
+    assert not decay
 
-    def note_model(model, *arguments):
-        joint(model, *arguments)
-        seen.model = model
 
-    def check_groups(optimizer):
-        decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
-        for name, p in seen.model.named_parameters():
-            plain = p.ndim == 1 or name.endswith(("cls_token", "mask_token"))
-            assert decay.pop(id(p)) == (0.0 if plain else 0.04), name
-        assert not decay
-        return step(optimizer)
+@pytest.mark.parametrize("compression", ["conv", "shuffle"])
+def test_muon_takes_the_matrices_inside_blocks_and_mlps(here, compression):
+    """Not what is at the ends (patch embedding, the decoder's head, prototypes), and no convolution."""
+    model, optimizer = model_and_optimizer(optimizer="muon", compression=compression)
+    taken = {id(p) for group in optimizer.parts["muon"].param_groups for p in group["params"]}
+    inside = {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}
+    expected = {f"tcae.{net}.{stage}.0.{layer}.weight" for net in ("encoder", "decoder")
+                for stage in ("fine_blocks", "coarse_blocks") for layer in inside}
+    expected |= {f"tcae.{net}.mlp.{layer}.weight" for net in ("bottleneck", "decoder.unbottleneck")
+                 for layer in ("fc1", "fc2")}
+    expected |= {f"heads.cls.mlp.{k}.weight" for k in (0, 2, 4)}
+    if compression == "shuffle":
+        expected |= {f"tcae.{net}.fc{k}.weight" for net in ("encoder.compress.1", "decoder.expand.0") for k in (1, 2)}
+    assert {name for name, p in model.named_parameters() if id(p) in taken} == expected
 
-    monkeypatch.setattr(JointTokenizer, "__init__", note_model)
-    monkeypatch.setattr(torch.optim.AdamW, "step", check_groups)
-    here(shapes_images=8, out_dir=tmp_path)
+
+def test_adamw_is_torch_s_with_the_paper_s_constants(here):
+    """Bit for bit, over steps of different rates, against one that is built by hand."""
+    model, optimizer = model_and_optimizer(learning_rate=1e-3)
+    other = model_and_optimizer()[0]
+    tokens = [other.tcae.encoder.cls_token, other.tcae.encoder.mask_token]
+    plain = [p for p in other.parameters() if p.ndim == 1] + tokens
+    matrices = [p for p in other.parameters() if not any(p is each for each in plain)]
+    adamw = torch.optim.AdamW([{"params": matrices}, {"params": plain, "weight_decay": 0}], betas=(0.9, 0.95),
+                              weight_decay=0.04, fused=True)
+    for rate in 1e-3, 3e-4, 0.0, 2e-3:
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        for group in adamw.param_groups:
+            group["lr"] = rate
+        adamw.step()
+        optimizer.step(rate)
+    assert all(p.grad is None for p in model.parameters())
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -467,7 +528,7 @@ def test_the_defaults_are_the_paper_s():
                  compression="conv", encoder="S", decoder="S", global_crop_size=224, global_crop_scale=(0.25, 1),
                  local_crops=10, local_crop_size=96, local_crop_scale=(0.05, 0.25), prototypes=8192,
                  teacher_momentum=0.996, teacher_temp=(0.04, 0.07), teacher_temp_warmup_epochs=30, grad_clip=3,
-                 freeze_prototypes_epochs=1)
+                 freeze_prototypes_epochs=1, optimizer="adamw")
     assert {name: getattr(train_tokenizer, name) for name in table} == table
 
 
@@ -522,7 +583,8 @@ def test_vgg_weights_that_can_not_be_had_end_the_run_before_its_first_step(tmp_p
     (dict(ssl_method="ibto"), ["ssl_method='ibto'", "ibot", "none"]),
     (dict(stc_depth=3), ["stc_depth=3", "2"]),
     (dict(compression="pool"), ["compression='pool'", "conv", "shuffle"]),
-    (dict(dtype="float16"), ["dtype='float16'"]),
+    (dict(dtype="float16"), ["dtype='float16'"]), (dict(optimizer="sgd"), ["optimizer='sgd'", "adamw or muon"]),
+    (dict(optimizer="muon", init_from="x.pt", ssl_method="none"), ["init_from=x.pt"]),
     (dict(epochs=0), ["epochs=0"]), (dict(save_every=0), ["save_every=0"]), (dict(prototypes=0), ["prototypes=0"]),
     (dict(accumulate=0), ["accumulate=0"]), (dict(shapes_images=0), ["shapes_images=0"]),
     (dict(betas="(0.9, 1.0)"), ["betas=(0.9, 1.0)"]), (dict(betas="('a', 'b')"), ["betas="]),
