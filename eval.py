@@ -410,8 +410,8 @@ def probes(train, val, dist):
 
 
 def probe(train, train_labels, val, val_labels, classes, dist):
-    """Multinomial logistic regression: fitted on train (N, D) and its labels (N,), accuracy on val. Each process has its
-    own rows of both; sums go over all. L-BFGS on the whole set, in chunks."""
+    """Multinomial logistic regression, fitted on train (N, D) and its labels (N,) -> its accuracy on val. Each process
+    has its own rows of both; sums go over all. L-BFGS on the whole set, in chunks."""
     device, width = dist.device, train.shape[1]
     sums = torch.zeros(2 * width + 1, dtype=torch.float64)
     for x, _ in chunks(train, train_labels):

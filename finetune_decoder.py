@@ -55,7 +55,7 @@ resume = False  # True: go on from out_dir/checkpoint.pt if there is one
 seed = 0  # of everything random
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
-compile = "auto"  # torch.compile the blocks: True (a CPU needs a C++ compiler for it), False; auto = on CUDA
+compile = "auto"  # torch.compile the blocks: True, False; auto = on CUDA, since a CPU gains little
 log_every = 50  # steps
 save_every = 1000  # steps between checkpoints
 eval_every = 1000  # steps between validations, each with a picture

@@ -4,7 +4,6 @@
     Distributed          this process among the others: device, precision, sums over all, SIGTERM
     open_run, make_folder, save_checkpoint, load_checkpoint, check_resumable, fingerprint, latents_of
     Log, Progress, bar   log.jsonl, and what a terminal or a batch job's log file shows of a run
-    Optimizer, Muon      AdamW, or Muon for the matrices and AdamW for the rest
     cosine, update_ema   the schedule of the learning rate and of the teacher's momentum; teacher and averaged weights
     download_weights, load_lpips, training_lpips    weights trained by others, with a checksum
 """
@@ -191,8 +190,8 @@ class Distributed:
         return votes.item() == self.count
 
     def compiles(self, wanted, pays=False):
-        """Whether to compile the blocks, by the constant `compile`: "True", "False" or "auto", which is yes on CUDA, and
-        on a CPU where it `pays` and there is a C++ compiler."""
+        """Whether to compile the blocks, by the constant `compile`: "True", "False" or "auto", which is yes on CUDA,
+        and on a CPU if it `pays` there and a C++ compiler is installed."""
         check(wanted in ("auto", "True", "False"), f"compile={wanted!r}: it is 'auto', True or False")
         if wanted == "True" or wanted == "auto" and pays and self.device.type == "cpu":
             try:
@@ -334,7 +333,7 @@ def git_revision():
 
 
 def bar(items, dist, **words):
-    """A progress bar over `items`, drawn by the first process on a terminal; a log file would get it a thousand times."""
+    """A progress bar over `items`, drawn by the first process, on a terminal only: log files keep every redrawing."""
     return tqdm(items, disable=None if dist.first else True, **words)
 
 
@@ -354,8 +353,7 @@ class Log:
 
 
 class Progress:
-    """What a training loop shows and writes while it runs: the bar, or where no terminal can redraw it a line per
-    report, the log, and the check that all numbers are finite.
+    """What a training loop shows and writes while it runs: the bar, the log, and the check that all numbers are finite.
 
     `add` a step's terms without waiting for the device; `report` waits for it, once for all steps since the last one.
     """
@@ -404,7 +402,7 @@ class Progress:
         """Logs and shows the PSNR (dB) of a validation, whose time does not count in images/s."""
         self.write(val_psnr=psnr)
         if self.dist.first:
-            self.bar.write(f"step {self.step}: validation PSNR {psnr:.2f} dB")
+            tqdm.write(f"step {self.step}: validation PSNR {psnr:.2f} dB")
         self.start_clock()
 
     def start_clock(self):
@@ -414,96 +412,6 @@ class Progress:
     def write(self, **values):
         if self.log:
             self.log.write(step=self.step, **values)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Optimizers, schedules, averages
-
-OPTIMIZERS = ("adamw", "muon")
-MATRICES = {"attn", "mlp", "fc1", "fc2"}  # in the dotted name of a weight that Muon takes: those inside blocks and MLPs
-
-
-class Optimizer:
-    """What the constant `optimizer` names, to a training loop one thing: "adamw", or "muon" for the matrices inside
-    blocks and MLPs (also compression's, the bottleneck's and the SSL heads') and AdamW for the rest.
-
-    The rest is what Muon is not made for. Embeddings, output heads, prototypes: each of their rows stands for itself.
-    Convolutions, tokens, norms, biases: no matrices. Time MLP and adaLN's modulations: they see the condition alone,
-    whose gradient has few directions, and the noise in all the others would be made as large.
-
-    constants: optimizer, learning_rate, betas, weight_decay, muon_rate. undecayed(name, parameter): True for what has
-    no weight decay.
-    """
-
-    def __init__(self, model, constants, dist, undecayed=lambda name, parameter: False):
-        matrices, decayed, kept = [], [], []
-        for name, p in model.named_parameters():
-            muon = constants["optimizer"] == "muon" and p.ndim == 2 and MATRICES & set(name.split("."))
-            if p.requires_grad:
-                (matrices if muon else kept if undecayed(name, p) else decayed).append(p)
-        groups = [group for group in ({"params": decayed}, {"params": kept, "weight_decay": 0.0}) if group["params"]]
-        rate, decay = constants["learning_rate"], constants["weight_decay"]
-        self.parts = {"adamw": torch.optim.AdamW(groups, lr=rate, betas=constants["betas"], weight_decay=decay,
-                                                 fused=dist.device.type in ("cuda", "cpu"))}
-        self.rates = {"adamw": 1.0, "muon": constants["muon_rate"]}  # times the learning rate
-        if constants["optimizer"] == "muon":
-            self.parts["muon"] = Muon(matrices, dist.dtype, weight_decay=decay)
-
-    def step(self, learning_rate):
-        """One update with the gradients there are, which are gone then."""
-        for name, part in self.parts.items():
-            for group in part.param_groups:
-                group["lr"] = learning_rate * self.rates[name]
-            part.step()
-            part.zero_grad()
-
-    def state_dict(self):
-        return {name: part.state_dict() for name, part in self.parts.items()}
-
-    def load_state_dict(self, state):
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): W <- W - lr (0.2 √max(rows, columns) U Vᵀ + weight_decay W), where U S Vᵀ is the mean
-    of W's gradients: all directions it points to count the same. With that factor, updates are as large as AdamW's
-    (Moonlight, arXiv 2502.16982).
-
-    It is torch.optim.Muon(adjust_lr_fn="match_rms_adamw") but for `dtype`, that of its products: PyTorch's are always in
-    bfloat16, which takes a processor without such products sixteen times as long as float32. (q, k and v are one matrix
-    here: taken apart they learn no better, beyond what two seeds differ by.)
-    """
-
-    def __init__(self, matrices, dtype, lr=1e-3, momentum=0.95, weight_decay=0.0):
-        super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.dtype = dtype
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if not self.state[p]:
-                    self.state[p]["mean"] = torch.zeros_like(p)
-                mean = self.state[p]["mean"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(mean, group["momentum"]).to(self.dtype)  # Nesterov's momentum
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(orthogonal(update), alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
-
-
-def orthogonal(matrix, steps=5):
-    """U S Vᵀ -> about U Vᵀ, its singular values between 0.7 and 1.2, by Newton-Schulz: each step applies the odd
-    polynomial a x + b x³ + c x⁵ to all of them. Jordan's coefficients are steep at 0, for the smallest to come up soon.
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix  # the smaller of its two products with itself
-    x = x / x.norm().clamp(min=1e-7)
-    for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
 
 
 def cosine(step, steps, base, final, warmup=0):

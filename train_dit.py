@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 import data
+import optim
 import runtime
 from model import LightningDiT, TCAE, cfg_velocity, compile_blocks, flow_matching_loss, sample_flow, shift_time
 from runtime import check
@@ -39,7 +40,7 @@ learning_rate = 2e-4  # after the warm-up
 min_learning_rate = 2e-5  # at the end, if it decays
 decay_epoch = 0.0  # from this epoch to the last the rate falls linearly (Table 4: 40 of 800); 0 = it is constant
 warmup_steps = 0  # over which the rate rises from 0
-optimizer = "adamw"  # or "muon": Muon for the matrices inside blocks, AdamW for the rest
+optimizer = "adamw"  # or "muon": Muon for the matrices inside blocks, AdamW for the rest (optim.py)
 muon_rate = 3.0  # Muon's learning rate, times learning_rate
 betas = (0.9, 0.95)  # AdamW
 weight_decay = 0.0  # of all weights
@@ -68,11 +69,11 @@ def check_constants(dist):
     for name in "epochs", "batch_size", "accumulate", "log_every", "save_every", "sample_every", "sample_steps", \
             "shift_base":
         check(globals()[name] > 0, f"{name}={globals()[name]} must be at least 1")
-    check(optimizer in runtime.OPTIMIZERS, f"optimizer={optimizer!r}: it is {' or '.join(runtime.OPTIMIZERS)}")
     for name in "label_dropout", "ema_momentum":
         check(globals()[name] <= 1, f"{name}={globals()[name]} must be between 0 and 1")
     check(len(betas) == 2 and max(betas) < 1, f"betas={betas} must be two numbers, each at least 0 and below 1")
     check(decay_epoch <= epochs, f"decay_epoch={decay_epoch} must not be later than epochs={epochs}")
+    check(optimizer in optim.OPTIMIZERS, f"optimizer={optimizer!r}: it is {' or '.join(optim.OPTIMIZERS)}")
     shares = dist.count * accumulate
     check(batch_size % shares == 0, f"batch_size={batch_size} must be a multiple of {shares} (processes × accumulate)")
     try:
@@ -201,7 +202,7 @@ def main():
     torch.manual_seed(seed)  # again, whatever random numbers encoding has taken
     model = LightningDiT(size, shape[0], side, classes).to(dist.device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = runtime.Optimizer(model, constants, dist)
+    optimizer = optim.Optimizer(model, constants, dist)
     dist.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(images)} images of "
                f"{classes} classes as latents {' × '.join(map(str, shape))}; {steps} steps of {batch_size}")
     start = 0
@@ -213,7 +214,7 @@ def main():
         dist.print(f"resumed from {path} at step {start}")
     trained, averaged = list(model.parameters()), list(ema.parameters())
 
-    # On a CPU, compiling takes 10 to 40 s and saves a quarter of every step: worth it in a run of minutes. The constants
+    # On a CPU, compiling takes 10 to 40 s and saves a quarter of every step: worth it in a run of minutes. Constants
     # alone decide, so that a resumed run decides the same.
     operations = 6 * sum(p.numel() for p in trained) * side**2 * batch_size * steps  # 6 per weight and token
     if dist.compiles(compile, pays=operations > 2e13):
@@ -231,8 +232,8 @@ def main():
 
         total = 0
         for part in range(accumulate):
-            # Each example has its own stream of random numbers, the same for any number of processes. It decides: mirror
-            # image or not; the time t, logit-normal(0, 1); the noise; and whether the label is dropped for guidance.
+            # Each example has its own stream of random numbers, the same for any number of processes. It decides:
+            # mirror image or not; the time t, logit-normal(0, 1); the noise; and whether the label is dropped.
             batch = next(loader)
             rngs = [np.random.default_rng([seed, 0, step // steps_per_epoch, i]) for i in batch["index"].tolist()]
             mirrored = torch.tensor([rng.random() < 0.5 for rng in rngs])

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import data
+import optim
 import runtime
 import ssl  # ours: see its docstring
 from model import IBOTHead, JointTokenizer, TCAE, compile_blocks, ssl_output
@@ -60,7 +61,7 @@ accumulate = 1  # micro-batches per step and process: less memory, the same grad
 learning_rate = 1e-3  # at the end of the warm-up
 min_learning_rate = 1e-6  # at the end
 warmup_epochs = 5.0  # over which the rate rises from 0
-optimizer = "adamw"  # or "muon": Muon for the matrices inside blocks and MLPs, AdamW for the rest
+optimizer = "adamw"  # or "muon": Muon for the matrices inside blocks and MLPs, AdamW for the rest (optim.py)
 muon_rate = 3.0  # Muon's learning rate, times learning_rate
 betas = (0.9, 0.95)  # AdamW
 weight_decay = 0.04  # of matrices; biases, norms and tokens have none
@@ -86,6 +87,7 @@ FREE = {"out_dir", "resume", "device", "workers", "compile", "accumulate", "log_
 def check_constants(dist):
     """What configure() can't know. Each message names the constant and says what to do."""
     check(ssl_method in (*ssl.METHODS, "none"), f"ssl_method={ssl_method!r}: it is {', '.join(ssl.METHODS)} or none")
+    check(optimizer in optim.OPTIMIZERS, f"optimizer={optimizer!r}: it is {' or '.join(optim.OPTIMIZERS)}")
     for name in "epochs", "batch_size", "accumulate", "log_every", "save_every", "eval_every", "image_size", \
             "patch_size", "downsample", "latent_channels", "prototypes", "head_hidden", "global_crop_size", \
             "local_crop_size", "stats_images", "shapes_images":
@@ -94,7 +96,6 @@ def check_constants(dist):
     check(batch_size % shares == 0, f"batch_size={batch_size} must be a multiple of {shares} (processes × accumulate)")
     check(ssl_method != "dinov2" or batch_size > shares,
           f"batch_size={batch_size} must be at least {2 * shares}: KoLeo compares a micro-batch's images")
-    check(optimizer in runtime.OPTIMIZERS, f"optimizer={optimizer!r}: it is {' or '.join(runtime.OPTIMIZERS)}")
     for name in ("warmup_epochs",) + (("freeze_prototypes_epochs",) if ssl_method != "none" else ()):
         check(globals()[name] <= epochs, f"{name}={globals()[name]} is more than epochs={epochs}")
     check(teacher_momentum <= 1, f"teacher_momentum={teacher_momentum} must be between 0 and 1")
@@ -129,11 +130,6 @@ class Views:
     def prepare(self, batch):
         images = batch.pop("images")  # (B, H, W, 3)
         return {"images": images, **(ssl.collate_crops(batch) if self.multi_crop else {})}
-
-
-def undecayed(name, parameter):
-    """Whether a parameter has no weight decay: biases, norms and learned tokens."""
-    return parameter.ndim <= 1 or name.endswith(("cls_token", "mask_token"))
 
 
 @torch.no_grad()
@@ -196,7 +192,7 @@ def main():
         multi_crop = ssl.MultiCrop(global_crop_size, global_crop_scale, local_crop_size, local_crop_scale, local_crops,
                                    tcae.encoder.output_patch, method["masks"])
     model = JointTokenizer(tcae, heads, multi_crop and multi_crop.masks)
-    optimizer = runtime.Optimizer(model, constants, dist, undecayed)
+    optimizer = optim.Optimizer(model, constants, dist, undecayed=lambda name, p: p.ndim <= 1 or name.endswith("_token"))
     dist.print(f"parameters: encoder {count_parameters(tcae.encoder, tcae.bottleneck):.1f} M, "
                f"decoder {count_parameters(tcae.decoder):.1f} M"
                + (f", head {count_parameters(heads):.1f} M" if heads else ""))

@@ -10,7 +10,6 @@ import time
 from types import SimpleNamespace
 
 import lpips
-import numpy as np
 import pytest
 import torch
 
@@ -298,75 +297,6 @@ def test_log_keeps_six_digits_of_small_numbers(tmp_path):
     path = tmp_path / "log.jsonl"
     runtime.Log(path, 0).write(step=1, lr=1.23456789e-7, loss=123.456789)
     assert json.loads(path.read_text()) == {"step": 1, "lr": 1.23457e-7, "loss": 123.457}
-
-
-def polar(matrix, steps=5):
-    """What Muon's iteration makes of a matrix, by its singular values in float64: the polynomial moves nothing else."""
-    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
-    s = s / np.linalg.norm(s)
-    for _ in range(steps):
-        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
-    return u * s @ vt
-
-
-@pytest.mark.parametrize("shape", [(9, 8), (24, 8), (8, 20)])
-@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
-def test_muon_s_step(shape, dtype, error):
-    """Three steps of different rates against the formula in float64."""
-    rng = np.random.default_rng(0)
-    w, mean = rng.standard_normal(shape), np.zeros(shape)
-    p = torch.nn.Parameter(torch.tensor(w, dtype=torch.float32))
-    muon, start = runtime.Muon([p], dtype, momentum=0.9, weight_decay=0.5), w
-    for rate in 0.02, 0.01, 0.03:
-        gradient = rng.standard_normal(shape)
-        p.grad = torch.tensor(gradient, dtype=torch.float32)
-        muon.param_groups[0]["lr"] = rate
-        muon.step()
-        mean = 0.9 * mean + 0.1 * gradient
-        w = w - rate * (0.5 * w + 0.2 * max(shape) ** 0.5 * polar(0.1 * gradient + 0.9 * mean))
-    assert np.abs(p.detach().numpy() - w).max() < error * np.abs(w - start).max()
-
-
-@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])
-def test_orthogonal(shape):
-    """Directions of very different lengths come out about equally long, and stay the same directions."""
-    rng = np.random.default_rng(0)
-    u, _, vt = np.linalg.svd(rng.standard_normal(shape), full_matrices=False)
-    x = runtime.orthogonal(torch.tensor(u * np.geomspace(0.02, 1, 8) @ vt)).numpy()
-    lengths = np.diag(u.T @ x @ vt.T)
-    assert 0.65 < lengths.min() and lengths.max() < 1.25
-    assert np.abs(u.T @ x @ vt.T - np.diag(lengths)).max() < 1e-6
-
-
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="PyTorch has one from 2.9 on")
-def test_muon_is_torch_s():
-    """In bfloat16, the only type that PyTorch's has, bit for bit; a weight without a gradient stays as it is."""
-    torch.manual_seed(0)
-    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((48, 16), (16, 48), (32, 32), (4, 4))]
-    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    muon = runtime.Muon(ours, torch.bfloat16, lr=0.01, weight_decay=0.1)
-    other = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
-    for _ in range(3):
-        for p, q in zip(ours[:3], theirs):
-            p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
-        muon.step(), other.step()
-    assert all(map(torch.equal, ours, theirs))
-
-
-def test_muon_s_rate_stays_a_multiple_of_adamw_s():
-    """Whatever the schedule says, for both parts of the optimizer."""
-    model = torch.nn.ModuleDict({"embed": torch.nn.Linear(4, 8), "mlp": torch.nn.Linear(8, 8)})
-    constants = dict(optimizer="muon", learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.0, muon_rate=2.5)
-    optimizer = runtime.Optimizer(model, constants, runtime.Distributed("cpu", "float32"))
-    for rate in 1e-4, 1e-3, 1e-6:
-        before = model["mlp"].weight.detach().clone()
-        for p in model.parameters():
-            p.grad = torch.randn_like(p)
-        optimizer.step(rate)
-        assert [part.param_groups[0]["lr"] for part in optimizer.parts.values()] == [rate, 2.5 * rate]
-        size = (model["mlp"].weight - before).norm() / 8**0.5  # the root mean square of its 8 singular values
-        assert size.item() == pytest.approx(2.5 * rate * 0.2 * 8**0.5, rel=0.25)
 
 
 def test_cosine_end_points():

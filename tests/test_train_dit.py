@@ -584,35 +584,6 @@ def run_two(**constants):
     run_here(train_dit, **constants)
 
 
-def test_muon_takes_the_matrices_inside_blocks():
-    """The rest, to the embedding of the classes and adaLN's modulations, stays AdamW's."""
-    model = LightningDiT("32/2/2", *SHAPE[:2], 10)
-    optimizer = runtime.Optimizer(model, {**vars(train_dit), "optimizer": "muon"}, runtime.Distributed("cpu", "float32"))
-    muon, adamw = ({id(p) for group in optimizer.parts[name].param_groups for p in group["params"]}
-                   for name in ("muon", "adamw"))
-    assert not muon & adamw and muon | adamw == {id(p) for p in model.parameters()}
-    assert {name for name, p in model.named_parameters() if id(p) in muon} == {
-        f"blocks.{k}.{layer}.weight" for k in (0, 1) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
-
-
-def test_adamw_is_torch_s():
-    """Bit for bit against one that is built by hand, decay on all weights."""
-    torch.manual_seed(0)
-    model = LightningDiT("32/2/2", *SHAPE[:2], 10)
-    other = LightningDiT("32/2/2", *SHAPE[:2], 10)
-    other.load_state_dict(model.state_dict())
-    optimizer = runtime.Optimizer(model, {**vars(train_dit), "weight_decay": 0.1}, runtime.Distributed("cpu", "float32"))
-    adamw = torch.optim.AdamW(other.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    for rate in 2e-4, 1e-4, 3e-4:
-        for p, q in zip(model.parameters(), other.parameters()):
-            p.grad = torch.randn_like(p)
-            q.grad = p.grad.clone()
-        adamw.param_groups[0]["lr"] = rate
-        adamw.step()
-        optimizer.step(rate)
-    assert all(map(torch.equal, model.parameters(), other.parameters()))
-
-
 def test_a_finished_run_that_is_resumed_changes_nothing(base, train, tmp_path, capsys):
     """A job that is queued again after its end: it says so, and does not even encode."""
     before = {name: tensor.clone() for name, tensor in tensors(checkpoint(base / "run")).items()}
