@@ -112,7 +112,8 @@ def side_of(images):
     sizes = set()
     for path in images.paths:
         try:
-            sizes.add(Image.open(path).size)
+            with Image.open(path) as image:
+                sizes.add(image.size)
         except Exception:  # undecodable files are reported when they are measured
             pass
     check(sizes, f"{images.constant}: none of {len(images)} images can be decoded, {images.paths[0]} to begin with")

@@ -205,15 +205,13 @@ def main():
     optimizer = optim.Optimizer(model, constants, dist)
     dist.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(images)} images of "
                f"{classes} classes as latents {' × '.join(map(str, shape))}; {steps} steps of {batch_size}")
-    start = 0
+    start = resumed["step"] if resumed else 0
     if resumed:
-        start = resumed["step"]
         model.load_state_dict(resumed["model"])
         ema.load_state_dict(resumed["ema"])
         optimizer.load_state_dict(resumed["optimizer"])
         dist.print(f"resumed from {path} at step {start}")
     trained, averaged = list(model.parameters()), list(ema.parameters())
-
     # On a CPU, compiling takes 10 to 40 s and saves a quarter of every step: worth it in a run of minutes. Constants
     # alone decide, so that a resumed run decides the same.
     operations = 6 * sum(p.numel() for p in trained) * side**2 * batch_size * steps  # 6 per weight and token
@@ -247,8 +245,8 @@ def main():
             z = torch.where(mirrored[:, None, None, None], pair[:, 1], pair[:, 0])
             z = (z if store else encode(tcae, z, dist)).float()
 
-            # Flow matching: the model predicts the velocity noise - z at z_t = (1 - t) z + t noise. The larger the
-            # latent, the further t is shifted towards noise.
+            # Flow matching (Sec. 4.1): the model predicts the velocity noise - z at z_t = (1 - t) z + t noise. The
+            # larger the latent, the further t is shifted towards noise.
             if dist.count > 1:  # gradients are exchanged once a step
                 wrapped.require_backward_grad_sync = part == accumulate - 1
             with dist.autocast():
