@@ -333,16 +333,14 @@ class TrainBatches(torch.utils.data.Dataset):
 
 def eval_loader(source, size, batch_size, dist, workers=0, images=0, title="", indices=None, keep_empty=False):
     """Every image once: yields centre crops, uint8 (b, size, size, 3), and their indices (b,), of this process's share.
-    Undecodable files are left out; they are named at the end, and more than 1 % end the run. After SIGTERM to any of
-    them all processes raise Stopped, instead of going on to the end. All must iterate together.
+    Undecodable files are left out; they are named at the end, and more than 1 % end the run. A process that gets SIGTERM
+    breaks off, and then all of them raise Stopped at their end. All must iterate together.
 
     images: how many, evenly spread; 0 = all. indices: which, instead. keep_empty: yield batches without an image too.
     title: of a progress bar.
     """
     count, bad = min(images or len(source), len(source)), []
-    if indices is None:
-        indices = np.linspace(0, len(source) - 1, count).round().astype(int)
-    mine = indices[dist.rank::dist.count].tolist()
+    mine = (spread(source, count) if indices is None else indices)[dist.rank::dist.count].tolist()
     loader = torch.utils.data.DataLoader(
         CenterCrops(source, size), sampler=[mine[k:k + batch_size] for k in range(0, len(mine), batch_size)],
         batch_size=None, num_workers=workers, worker_init_fn=outlive_sigterm)
@@ -355,6 +353,11 @@ def eval_loader(source, size, batch_size, dist, workers=0, images=0, title="", i
     if dist.stop_requested():  # asked only here, because processes have different numbers of batches
         raise Stopped
     report_bad_files(source, count, bad, set(), dist)
+
+
+def spread(source, count):
+    """The indices of at most `count` images, evenly spread over a source."""
+    return np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(int)
 
 
 class CenterCrops(torch.utils.data.Dataset):
@@ -416,8 +419,8 @@ def validate(tcae, source, size, images, dist, picture):
         values = psnr(pixels, reconstruct(pixels))
         total += torch.tensor([values.sum(), len(values)], dtype=torch.float64)
     psnr_sum, count = dist.sum(total).tolist()
-    if dist.first:
-        shown, _, _ = CenterCrops(source, size)[np.linspace(0, len(source) - 1, 8).round().astype(int).tolist()]
+    shown, _, _ = CenterCrops(source, size)[spread(source, 8).tolist()]
+    if dist.first and len(shown):
         save_grid(picture, torch.cat([shown, reconstruct(shown)]), columns=len(shown))
     return psnr_sum / count
 

@@ -112,7 +112,8 @@ def side_of(images):
     sizes = set()
     for path in images.paths:
         try:
-            sizes.add(Image.open(path).size)
+            with Image.open(path) as image:
+                sizes.add(image.size)
         except Exception:  # undecodable files are reported when they are measured
             pass
     check(sizes, f"{images.constant}: none of {len(images)} images can be decoded, {images.paths[0]} to begin with")
@@ -172,8 +173,8 @@ class PairMetrics:
     """rFID, PSNR, SSIM, LPIPS and sharpness of `images` pairs of an original and its reconstruction, as sums."""
 
     def __init__(self, images, size, dist):
-        self.network = load_network("rFID", lambda: open_feature_net(size, dist), dist)
-        self.perceptual = load_network("LPIPS", lambda: open_lpips(dist), dist)
+        self.network = load_network("rFID", "feature_net", lambda: open_feature_net(size, dist), dist)
+        self.perceptual = load_network("LPIPS", "lpips_net", lambda: runtime.load_lpips(lpips_net, dist), dist)
         self.device, self.sums = dist.device, torch.zeros(6, dtype=torch.float64)  # the last is the count
         self.features = [FeatureSums(self.network, images, dist.device) for _ in range(2 if self.network else 0)]
 
@@ -410,21 +411,11 @@ def probes(train, val, dist):
 
 
 def probe(train, train_labels, val, val_labels, classes, dist):
-    """Accuracy on the second set of a classifier fitted on the first; each process has its own part of both."""
-    classify = fit_probe(train, train_labels, classes, dist)
-    right = sum((classify(x) == y).sum() for x, y in chunks(val, val_labels))
-    right, count = dist.sum(torch.tensor([float(right), float(len(val))])).tolist()
-    return right / count
-
-
-def fit_probe(features, labels, classes, dist):
-    """A linear classifier by multinomial logistic regression -> a function from features (B, D) to classes (B,).
-
-    features (N, D) and labels (N,) are this process's; sums go over all. L-BFGS on the whole set, in chunks.
-    """
-    device, width = dist.device, features.shape[1]
+    """Multinomial logistic regression, fitted on train (N, D) and its labels (N,) -> its accuracy on val. Each process
+    has its own rows of both; sums go over all. L-BFGS on the whole set, in chunks."""
+    device, width = dist.device, train.shape[1]
     sums = torch.zeros(2 * width + 1, dtype=torch.float64)
-    for x, _ in chunks(features, labels):
+    for x, _ in chunks(train, train_labels):
         x = x.double()
         sums += torch.cat([x.sum(0), x.square().sum(0), torch.tensor([float(len(x))])])
     total, square, count = dist.sum(sums).split([width, width, 1])
@@ -439,7 +430,7 @@ def fit_probe(features, labels, classes, dist):
 
     def loss():
         weight.grad, total = torch.zeros_like(weight), torch.zeros((), device=device)  # a process may have no rows
-        for x, y in chunks(features, labels):
+        for x, y in chunks(train, train_labels):
             part = F.cross_entropy(logits(x), y.to(device), reduction="sum") / count
             part.backward()
             total += part.detach()
@@ -450,7 +441,9 @@ def fit_probe(features, labels, classes, dist):
 
     with torch.enable_grad():
         optimizer.step(loss)
-    return lambda x: logits(x).argmax(1).cpu()
+    right = sum((logits(x).argmax(1).cpu() == y).sum() for x, y in chunks(val, val_labels))
+    right, count = dist.sum(torch.tensor([float(right), float(len(val))])).tolist()
+    return right / count
 
 
 def chunks(features, labels, size=65536):
@@ -463,24 +456,17 @@ def chunks(features, labels, size=65536):
 
 def open_feature_net(size, dist):
     """The network for FID and IS of images of `size` pixels. Raises MissingWeights."""
-    if feature_net == "none":
-        raise runtime.MissingWeights("feature_net=none (else it takes Inception's weights, 95 MB)")
     if feature_net:
         return FeatureNet(feature_net, size, dist.device)
     return Inception.pretrained(runtime.download_weights(*INCEPTION, dist)).to(dist.device).eval()
 
 
-def open_lpips(dist):
-    """Raises MissingWeights."""
-    if lpips_net == "none":
-        raise runtime.MissingWeights("lpips_net=none (else it takes VGG's weights, 550 MB)")
-    return runtime.load_lpips(lpips_net, dist)
-
-
-def load_network(metric, load, dist):
-    """load(), or None and a line that says so if weights are missing: the other metrics are measured all the same."""
+def load_network(metric, constant, load, dist):
+    """load(), or None, and a line that says so, if the constant is "none" or weights are missing."""
     try:
-        return load()
+        if globals()[constant] != "none":
+            return load()
+        dist.print(f"{metric} will not be measured: {constant}=none")
     except runtime.MissingWeights as error:
         dist.print(f"{metric} will not be measured: {error}")
 
@@ -534,6 +520,7 @@ def evaluate_samples(dist):
           f"samples={samples} holds {len(images)} images; IS needs {FeatureSums.SPLITS} at least")
     target = read_statistics(reference)
     other = None if target else open_reference(size)
+    check(feature_net != "none", "feature_net=none: FID and IS, which samples are measured by, need a network")
     try:
         network = open_feature_net(size, dist)
     except runtime.MissingWeights as error:

@@ -3,7 +3,7 @@
     configure            a script's constants, overridden by config files and the command line
     Distributed          this process among the others: device, precision, sums over all, SIGTERM
     open_run, make_folder, save_checkpoint, load_checkpoint, check_resumable, fingerprint, latents_of
-    Log, Progress        log.jsonl, and the progress bar
+    Log, Progress, bar   log.jsonl, and what a terminal or a batch job's log file shows of a run
     cosine, update_ema   the schedule of the learning rate and of the teacher's momentum; teacher and averaged weights
     download_weights, load_lpips, training_lpips    weights trained by others, with a checksum
 """
@@ -191,7 +191,7 @@ class Distributed:
 
     def compiles(self, wanted, pays=False):
         """Whether to compile the blocks, by the constant `compile`: "True", "False" or "auto", which is yes on CUDA,
-        and on a CPU where it `pays` and there is a C++ compiler."""
+        and on a CPU if it `pays` there and a C++ compiler is installed."""
         check(wanted in ("auto", "True", "False"), f"compile={wanted!r}: it is 'auto', True or False")
         if wanted == "True" or wanted == "auto" and pays and self.device.type == "cpu":
             try:
@@ -332,9 +332,9 @@ def git_revision():
         return ""
 
 
-def bar(items, dist, **options):
-    """tqdm's bar over `items`, drawn by the first process, and only on a terminal: a file would keep each redrawing."""
-    return tqdm(items, disable=None if dist.first else True, **options)
+def bar(items, dist, **words):
+    """A progress bar over `items`, drawn by the first process, on a terminal only: log files keep every redrawing."""
+    return tqdm(items, disable=None if dist.first else True, **words)
 
 
 class Log:
@@ -393,8 +393,8 @@ class Progress:
         self.bar.set_postfix(shown)
         if self.bar.disable:
             left = tqdm.format_interval((self.steps - self.step) * seconds / len(self.pending))
-            self.dist.print(f"step {self.step}/{self.steps}: "
-                            + ", ".join(f"{name} {value}" for name, value in shown.items()) + f", {left} left")
+            terms = ", ".join(f"{name} {value}" for name, value in shown.items())
+            self.dist.print(f"step {self.step}/{self.steps}: {terms}, {left} left")
         self.pending = []
         self.start_clock()
 

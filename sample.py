@@ -5,8 +5,7 @@
     torchrun --nproc_per_node=8 sample.py --num_samples=50000 --cfg_scale=1.5                 # an .npz, for FID
 
 Sample i depends only on (seed, i) and its class; batch size and number of processes change it by rounding at most.
-Writes out_dir/samples.png, or out_dir/samples.npz with arr_0, uint8 (N, H, W, 3), as ADM's evaluator reads it, and
-arr_1, the classes (N,).
+Writes out_dir/samples.png, or samples.npz: arr_0 uint8 (N, H, W, 3), as ADM's evaluator reads it, arr_1 classes (N,).
 """
 import os
 

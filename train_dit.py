@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 train_dit.py --tokenizer=out/tokenizer/checkpoint.pt --data_dir=imagenet
 
 The first run encodes the data set and its mirror image once, into latents.cache (ImageNet at 8 × 8 × 128: 42 GB on
-disk, memory-mapped, so never in memory); if it is interrupted, the next run continues. The tokenizer's settings come
-from its checkpoint. Writes out_dir/checkpoint.pt, log.jsonl and samples.png.
+disk, memory-mapped); if it is interrupted, the next run continues. The tokenizer's settings come from its checkpoint.
+Writes out_dir/checkpoint.pt, log.jsonl and samples.png.
 """
 import copy
 import os
@@ -119,8 +119,7 @@ def encode(tcae, pixels, dist):
 
 def fill_cache(path, tcae, latents_of, images, image_size, shape, dist):
     """The cache at `path`, made if it isn't there, and completed: each process encodes its share of what it lacks."""
-    check(os.path.isdir(os.path.dirname(path) or ".") and not os.path.isdir(path),
-          f"cache={path} must be a file in a folder that is there")
+    check(os.path.isdir(os.path.dirname(path) or "."), f"cache={path}: there is no such folder")
     about = {"tokenizer": latents_of, "image_size": image_size, "images": len(images), "files": images.fingerprint()}
     if rebuild_cache and dist.first and os.path.exists(path):
         os.remove(path)
@@ -169,7 +168,7 @@ def main():
         dist.print(f"{path} is finished: step {resumed['step']}")
         return dist.close()
     check_constants(dist)
-    dist.compiles(compile)  # where True does not work, this ends it before anything is encoded
+    dist.compiles(compile)  # fails now, not after an hour of encoding, if compile=True doesn't work here
     runtime.make_folder(out_dir)
 
     # The tokenizer, frozen
@@ -206,17 +205,16 @@ def main():
     optimizer = optim.Optimizer(model, constants, dist)
     dist.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(images)} images of "
                f"{classes} classes as latents {' × '.join(map(str, shape))}; {steps} steps of {batch_size}")
-    start = 0
+    start = resumed["step"] if resumed else 0
     if resumed:
-        start = resumed["step"]
         model.load_state_dict(resumed["model"])
         ema.load_state_dict(resumed["ema"])
         optimizer.load_state_dict(resumed["optimizer"])
         dist.print(f"resumed from {path} at step {start}")
     trained, averaged = list(model.parameters()), list(ema.parameters())
-    # On a CPU compiling takes 10 to 40 s, after which steps take 0.65 to 0.8 of the time: it pays where all steps, of
-    # six operations per weight and token, take minutes. (Only the constants decide, so a resumed run does the same.)
-    operations = 6 * sum(p.numel() for p in trained) * side**2 * batch_size * steps
+    # On a CPU, compiling takes 10 to 40 s and saves a quarter of every step: worth it in a run of minutes. Constants
+    # alone decide, so that a resumed run decides the same.
+    operations = 6 * sum(p.numel() for p in trained) * side**2 * batch_size * steps  # 6 per weight and token
     if dist.compiles(compile, pays=operations > 2e13):
         compile_blocks(model, ema)
     wrapped = dist.distribute(model)
@@ -226,17 +224,14 @@ def main():
     picture = os.path.join(out_dir, "samples.png")
 
     for step in range(start, steps):
-        # Only for dropout that you may add: what a step draws below is decided by (seed, epoch, image).
-        torch.manual_seed(hash((seed, step, dist.rank)) % 2**63)
-
         # Constant learning rate (after a warm-up), then linear decay from decay_epoch on.
         decayed = max(0, step - decay_step) / max(1, steps - decay_step)
         lr = (learning_rate + (min_learning_rate - learning_rate) * decayed) * min(1, (step + 1) / max(1, warmup_steps))
 
         total = 0
         for part in range(accumulate):
-            # One stream of random numbers for each example, for any number of processes: is it mirrored, its time t,
-            # which is logit-normal(0, 1), its noise, and is its label dropped, so that the model learns the null class.
+            # Each example has its own stream of random numbers, the same for any number of processes. It decides:
+            # mirror image or not; the time t, logit-normal(0, 1); the noise; and whether the label is dropped.
             batch = next(loader)
             rngs = [np.random.default_rng([seed, 0, step // steps_per_epoch, i]) for i in batch["index"].tolist()]
             mirrored = torch.tensor([rng.random() < 0.5 for rng in rngs])
@@ -250,8 +245,8 @@ def main():
             z = torch.where(mirrored[:, None, None, None], pair[:, 1], pair[:, 0])
             z = (z if store else encode(tcae, z, dist)).float()
 
-            # Flow matching: the model predicts the velocity noise - z at z_t = (1 - t) z + t noise. The larger the
-            # latent, the further t is shifted towards noise.
+            # Flow matching (Sec. 4.1): the model predicts the velocity noise - z at z_t = (1 - t) z + t noise. The
+            # larger the latent, the further t is shifted towards noise.
             if dist.count > 1:  # gradients are exchanged once a step
                 wrapped.require_backward_grad_sync = part == accumulate - 1
             with dist.autocast():
@@ -265,7 +260,7 @@ def main():
         runtime.update_ema(averaged, trained, ema_momentum)
         progress.add({"loss": total, "grad_norm": grad_norm})
 
-        # Log, save, draw samples. Only here do processes wait for their device; a NaN ends the run before it is saved.
+        # Log, save, draw samples: the only place that waits for the device. A NaN ends the run before it is saved.
         done, stopping = step + 1, dist.stop_requested()
         last = done == steps
         drawing, saving = done % sample_every == 0 or last, done % save_every == 0 or stopping or last
@@ -282,9 +277,9 @@ def main():
             progress.bar.close()
             dist.print(f"SIGTERM: saved {path} at step {done}; --resume=True goes on from there")
             return dist.close()
+        if drawing and dist.first:
+            draw_samples(ema, tcae, shape, images.classes, picture, dist)
         if drawing:
-            if dist.first:
-                draw_samples(ema, tcae, shape, images.classes, picture, dist)
             progress.start_clock()
     progress.bar.close()
     dist.print(f"wrote {path} and {picture}: step {steps}")

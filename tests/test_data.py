@@ -317,6 +317,23 @@ def test_evaluation_breaks_off_when_it_is_told_to_stop():
         assert len(seen) == batches
 
 
+def test_validation_leaves_out_what_it_can_not_decode(folder, tmp_path):
+    """From the mean and from the picture of eight; of fewer images than eight it shows all."""
+    for k in range(200):
+        photo(20, 24, seed=k).save(folder / "val" / "cat" / f"{k:03}.png")
+    source, picture = data.open_split(folder, "val", 16, 0), tmp_path / "picture.png"
+    open(source.paths[0], "w").close()
+
+    def darker(images):
+        return (images - 20 / 127.5).clamp(-1, 1)
+
+    assert 22 < data.validate(darker, source, 16, 0, process(), picture) < 23
+    assert Image.open(picture).size == (7 * 98, 2 * 98)
+    assert "1 of 3" in failure(data.validate, darker, source, 16, 3, process(), picture)
+    data.validate(darker, data.Shapes("val", 3, 16), 16, 0, process(), picture)
+    assert Image.open(picture).size == (3 * 98, 2 * 98)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Order
 
