@@ -472,7 +472,7 @@ def test_a_wrong_constant_is_one_line_that_names_it(finetune, tmp_path, changes,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("change, words", [(dict(finished=False), "not ended"), (dict(kind="dit"), "something else")])
+@pytest.mark.parametrize("change, words", [(dict(finished=False), "unfinished"), (dict(kind="dit"), "something else")])
 def test_a_checkpoint_that_is_no_finished_tokenizer_is_refused(joint, finetune, tmp_path, change, words):
     """Its latents have no statistics yet, or it has none."""
     path = tmp_path / "other.pt"
