@@ -1,474 +1,199 @@
-"""How fast every stage runs here, and how fast it could: one process, one device, medians after warm-up.
+"""How fast each stage runs here, beside what it is compared with: one process, one device, medians.
 
-    python bench.py                          # on a CPU the sizes of config/shapes_*.py, on a GPU the paper's
-    python bench.py --sizes=paper --batch_size=2    # the paper's on a CPU
-    python bench.py --only=data,tokens       # some of the tables
+    python bench.py    # on a CPU the sizes of config/shapes_*.py, on a GPU the paper's
 
-steps     every training step, encoding, decoding and sampling: images/s, TFLOP/s by PyTorch's count, that as a share of
-          what a large matrix product reaches here; `products`: the share of the time that the step's own products and
-          convolutions take when each is run alone; `× plain`: how much longer the step takes written plainly, in
-          float32, the patch head on all tokens; and memory
-tokens    what the method is about: time and memory of S–S at p = 64 … 8 without and at p = 8 with staged compression
-data      decoding, crops, augmentation and masks of 500 × 375 px JPEGs per core, beside torchvision's transforms
-run       a real train_tokenizer.py: seconds to its first step, and the share of time that it waits for data
+steps     each training step, encoding, decoding and a guided sampling step, beside the same in plain float32
+tokens    what the method is about: p = 16, p = 8, and p = 8 with staged compression, S–S at 256 px
+data      our views of JPEG files, on one core, beside the same recipe in torchvision's transforms
+run       train_tokenizer.py from its start, beside `import torch` alone, and how long it waits for data
 
-Operations: two per multiply-add, attention included, with the product that fused attention does again on its way back.
-On CUDA float32 is TF32, and what is written plainly is not compiled. Nothing is downloaded: LPIPS and the discriminator
-have random weights, which take as long. docs/speed.md tells what was measured and tried.
+A training step is timed where it is: the script runs, and its log.jsonl says how long each step took and how much of
+that was waiting for data, which only `run` counts. No downloads: LPIPS is left out, the discriminator is random.
 """
-import collections
-import copy
-import ctypes
-import importlib
-import itertools
 import json
+import runpy
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageFilter
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.benchmark import Timer
+from torchvision import transforms as T
 
 import data
 import runtime
 import ssl
-import train_dit as stage2
 import train_tokenizer as stage1
-from model import JointTokenizer, LightningDiT, TCAE, compile_blocks, flow_matching_loss, cfg_velocity, sample_flow
-from runtime import check
+from model import LightningDiT, TCAE, cfg_velocity, compile_blocks, sample_flow
 
 only = "steps,tokens,data,run"  # which tables
 sizes = "auto"  # "shapes" or "paper"; auto = paper on CUDA, else shapes
+data_dir = "shapes"  # what the scripts run on; or a folder, as in train_tokenizer.py
 batch_size = 0  # images per step; 0 = the configuration's, for the paper's sizes an eighth of it (one GPU of eight)
-repeats = 9  # timed calls of each, of which the median is shown
+steps = 20  # that a script runs for; the first quarter is not counted
+repeats = 3  # measurements of each, in turn with what it is compared with; the median is shown
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
 compile = "auto"  # torch.compile the blocks: True (a CPU needs a C++ compiler for it), False; auto = on CUDA
 
-HERE, CPU = Path(__file__).parent, torch.device("cpu")
-CONFIGS = {"shapes": {"joint": ["shapes_tokenizer.py"], "finetune": ["shapes_tokenizer.py", "cifar10_finetune.py"],
-                      "dit": ["shapes_dit.py"]},
-           "paper": {"joint": [], "finetune": ["finetune_decoder.py"], "dit": []}}  # config files of each stage
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Clocks and counters
+HERE = Path(__file__).parent
+JOINT, FINETUNE, DIT = "train_tokenizer.py", "finetune_decoder.py", "train_dit.py"
+SHAPES = {JOINT: "config/shapes_tokenizer.py", FINETUNE: "config/cifar10_finetune.py", DIT: "config/shapes_dit.py"}
+MORE = {JOINT: "--lpips_weight=0", DIT: "",  # finetuning: its third phase, in which everything is trained
+        FINETUNE: "--lpips_weight=0 --discriminator_weights=random --discriminator_start=0 --adversarial_start=0"}
 
 
-def wait(on):
-    """Until the device has done what it was told."""
-    if on.type != "cpu":
-        getattr(torch, on.type).synchronize()
+def medians(*measures):
+    """The median of each measurement, taken in turn, so that a slow minute of the machine hits all of them."""
+    return np.median([[measure() for measure in measures] for _ in range(repeats)], axis=0)
 
 
-def seconds(function, on, times=1):
-    """Of one call, measured over `times` calls."""
-    wait(on)
-    start = time.perf_counter()
-    for _ in range(times):
-        function()
-    wait(on)
-    return (time.perf_counter() - start) / times
+def seconds(task, dist, threads=1):
+    """Of one call, without gradient. Unless told, PyTorch's timer takes one thread."""
+    with torch.no_grad(), dist.autocast():
+        return Timer("task()", globals={"task": task}, num_threads=threads).blocked_autorange().median
 
 
-def medians(functions, on):
-    """{name: function} -> {name: median seconds}. In turn, so that a slow minute of the machine hits all of them."""
-    times = {name: [] for name in functions}
-    for _ in range(2 + repeats):
-        for name, function in functions.items():
-            times[name].append(seconds(function, on))
-    return {name: sorted(each[2:])[repeats // 2] for name, each in times.items()}
+def constants_of(script, arguments):
+    return runtime.configure(runpy.run_path(HERE / script), list(map(str, arguments)))
 
 
-def peak_memory(function, on):
-    """MB that a call needs at its peak above what is there before it; NaN where that can't be known."""
-    if on.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
-    if on.type != "cpu" or not sys.platform.startswith("linux"):
-        return float("nan")
-
-    def resident(name):
-        return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1e3
-
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, or it would count as there before
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is forgotten
-    except (OSError, AttributeError):  # some containers forbid it, musl has no malloc_trim
-        return float("nan")
-    before = resident("VmRSS")
-    function()
-    return resident("VmHWM") - before
+def arguments_of(script):
+    """A script's arguments for these `sizes`."""
+    files = [HERE / SHAPES[script]] if sizes == "shapes" else []
+    return [*files, f"--batch_size={batch_size or constants_of(script, files)['batch_size'] // (1 if files else 8)}"]
 
 
-Like = collections.namedtuple("Like", "shape stride dtype")
+def train(script, *arguments):
+    """Runs a script as it is until it has logged `steps` steps -> seconds to its first one; of the later ones the
+    median seconds without waiting for data, and the share of time that it waited."""
+    source = [f"--data_dir={data_dir}", f"--shapes_images={constants_of(script, arguments)['batch_size']}"]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, HERE / script, f"--workers={8 if torch.cuda.is_available() else 0}",
+                   f"--dtype={dtype}", f"--compile={compile}", *arguments, *MORE[script].split(), f"--device={device}",
+                   f"--out_dir={folder}/out", f"--epochs={10 * steps}", "--log_every=1"]
+        if script == JOINT:
+            command += source
+        else:  # after a tokenizer that has learned nothing, which is as fast
+            constants = constants_of(JOINT, [*arguments_of(JOINT), *source])
+            weights = TCAE.from_constants(constants).state_dict()
+            torch.save(dict(kind="tokenizer", finished=True, constants=constants, tokenizer=weights), f"{folder}/in.pt")
+            command += [f"--{'tokenizer' if script == DIT else 'init_from'}={folder}/in.pt"]
+        log, errors, lines, first, begin = Path(folder, "out/log.jsonl"), Path(folder, "errors"), [], 0, time.time()
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors.open("w")) as process:
+            while process.poll() is None and len(lines) < steps:
+                time.sleep(0.05)
+                lines = log.read_text().split("\n")[:-1] if log.exists() else []
+                first = first or (time.time() - begin if lines else 0)
+            process.kill()
+        runtime.check(len(lines) >= steps, f"{script}: {(errors.read_text().splitlines() or ['it ended'])[-1]}")
+    logged = map(json.loads, lines[steps // 4:steps])
+    whole, waiting = np.array([(step["seconds"], step["waiting"]) for step in logged]).T
+    return first, np.median(whole * (1 - waiting)), whole @ waiting / whole.sum()
 
 
-def describe(value):
-    """Arguments, hashable, with a Like in place of every tensor."""
-    if isinstance(value, torch.Tensor):
-        return Like(tuple(value.shape), value.stride(), value.dtype)
-    return tuple(describe(each) for each in value) if isinstance(value, (list, tuple)) else value
-
-
-def rebuild(value, on):
-    """The reverse: a Like becomes a tensor of random numbers."""
-    if isinstance(value, Like):
-        count = 1 + sum((n - 1) * stride for n, stride in zip(value.shape, value.stride))
-        return torch.randn(count, device=on).to(value.dtype).as_strided(value.shape, value.stride)
-    return [rebuild(each, on) for each in value] if isinstance(value, tuple) else value
-
-
-# PyTorch before 2.15 has no count for the CPU's attention; it is that of the GPU's
-for way in "", "_backward":
-    flop_registry.setdefault(getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention_for_cpu{way}"),
-                             flop_registry[getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{way}")])
-
-
-class Products(TorchDispatchMode):
-    """Within it, every matrix product, convolution and attention kernel is counted, {call: times}, with the shapes,
-    strides and types of its tensors; `operations` is the sum of theirs, two per multiply-add."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls, self.operations = collections.Counter(), 0
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        out = op(*args, **(kwargs or {}))
-        if op._overloadpacket in flop_registry:
-            self.calls[op, describe(args), describe(tuple((kwargs or {}).items()))] += 1
-            self.operations += flop_registry[op._overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
-
-    def seconds(self, on):
-        """What all of them take when each is run alone, on tensors like its own; with what it takes to launch them."""
-        total = 0.0
-        for (op, args, kwargs), times in self.calls.items():
-            args, kwargs = rebuild(args, on), dict(rebuild(kwargs, on))
-            call = lambda: op(*args, **kwargs)
-            call()
-            enough = max(1, min(1000, int(0.005 / seconds(call, on))))  # calls per measurement: 5 ms or so
-            total += times * sorted(seconds(call, on, enough) for _ in range(5))[2]
-        return total
-
-
-def large_product(on, dtype):
-    """TFLOP/s of a plain product of large square matrices."""
-    n = 8192 if on.type == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=on).to(dtype)
-    return 2 * n**3 / medians({"": lambda: a @ b}, on)[""] / 1e12
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Stages, each as a function without arguments that does one step
-
-
-def configure(script, files, *arguments):
-    """Sets a script's constants to what a run with these config files and arguments would have."""
-    importlib.reload(script)
-    runtime.configure(vars(script), [*(str(HERE / "config" / file) for file in files), *arguments])
-
-
-def images_per_step(script):
-    return batch_size or (script.batch_size // 8 if sizes == "paper" else script.batch_size)
-
-
-def with_all_tokens(views):
-    """The same loss, written plainly: head and loss run on every token, those that are not masked have weight 0."""
-    weights = torch.zeros(views["mask"].numel(), device=views["mask"].device)
-    weights[views["positions"]] = views["weights"]
-    return {**views, "positions": torch.arange(len(weights), device=weights.device), "weights": weights}
-
-
-def tokenizer_step(images, dist, plain=False):
-    """A step of train_tokenizer.py, its constants as they are -> (function, modules with blocks to compile)."""
-    torch.manual_seed(0)
-    on, joint = dist.device, stage1.ssl_method != "none"
-    tcae = TCAE.from_constants(vars(stage1)).to(on)
-    heads, teacher, ibot, multi_crop = stage1.build_ssl(tcae, dist) if joint else (None,) * 4
-    adversary = perceptual = None
-    if stage1.adversarial_weight:
-        tcae.requires_grad_(False).decoder.requires_grad_(True)
-        adversary, averaged = stage1.Adversary(tcae.decoder.head.weight, dist), copy.deepcopy(tcae.decoder)
-    if stage1.lpips_weight:
-        import lpips
-        perceptual = lpips.LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
-        runtime.lpips_in_autocast(perceptual.to(on).requires_grad_(False), dist)
-    model = JointTokenizer(tcae, heads, multi_crop and multi_crop.masks)
-    optimizer = stage1.build_optimizer(model, on)
-    student = [*tcae.encoder.parameters(), *heads.parameters()] if joint else []
-    teachers = [*teacher["encoder"].parameters(), *teacher["heads"].parameters()] if joint else []
-    source = data.Shapes("train", images, stage1.image_size)
-    views, _ = next(iter(data.batches(source, stage1.StepViews(multi_crop), images, 0, 1, 0, dist)))
-    views = {name: data.to_float(x, on) if x.dtype == torch.uint8 else x.to(on) for name, x in views.items()}
-    views = with_all_tokens(views) if plain and joint else views
-
-    def step():
-        loss, _ = stage1.losses(model, teacher, ibot, perceptual, adversary, views, 0.9, dist)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), stage1.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        if joint:
-            ibot.update_centers()
-            runtime.update_ema(teachers, student, stage1.teacher_momentum)
-        if adversary:
-            adversary.step(stage1.learning_rate)
-            runtime.update_ema(list(averaged.parameters()), list(tcae.decoder.parameters()), stage1.decoder_ema)
-
-    return step, [module for module in (model, teacher, adversary and adversary.network) if module]
-
-
-def latent_shape():
-    return stage2.latent_shape({"constants": vars(stage1)})
-
-
-def generator_step(images, dist):
-    """The same for train_dit.py."""
-    torch.manual_seed(0)
-    on, shape = dist.device, latent_shape()
-    model = LightningDiT(stage2.size, shape[0], shape[1], 1000).to(on)
-    ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=on.type in ("cuda", "cpu"))
-    z, noise = torch.randn(2, images, *shape, device=on)
-    t, labels = torch.rand(images, device=on), torch.randint(1000, (images,), device=on)
-    trained, averaged = list(model.parameters()), list(ema.parameters())
-
-    def step():
-        with dist.autocast():
-            loss = flow_matching_loss(model, z, labels, noise, t)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, stage2.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        runtime.update_ema(averaged, trained, stage2.ema_momentum)
-
-    return step, [model]
-
-
-def coding(images, dist):
-    """-> (encode, decode, modules)"""
-    tcae = TCAE.from_constants(vars(stage1)).to(dist.device).requires_grad_(False)
-    pixels = torch.rand(images, 3, stage1.image_size, stage1.image_size, device=dist.device)
-    z = torch.randn(images, *latent_shape(), device=dist.device)
-
-    def encode():
-        with torch.no_grad(), dist.autocast():
-            tcae.encode(pixels)
-
-    def decode():
-        with torch.no_grad(), dist.autocast():
-            tcae.decode(z)
-
-    return encode, decode, [tcae]
-
-
-def sampling(images, dist):
-    """-> (one step of guided sampling, which runs twice the images, modules)"""
-    on, shape = dist.device, latent_shape()
-    dit = LightningDiT(stage2.size, shape[0], shape[1], 1000).to(on).requires_grad_(False)
-    noise, labels = torch.randn(images, *shape, device=on), torch.zeros(images, dtype=torch.long, device=on)
-
-    def step():
-        with torch.no_grad(), dist.autocast():
-            sample_flow(cfg_velocity(dit, labels, 1000, cfg_scale=1.5), noise, steps=1)
-
-    return step, [dit]
-
-
-def write_photographs(folder, count, width, height):
-    """JPEG files of random pictures with the 1/f spectrum of photographs, as large and as slow to decode, in one class
-    folder below `folder`."""
-    rng = np.random.default_rng(0)
-    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]).clip(1 / width)
-
-    def field(power):
-        waves = rng.normal(size=(2, *frequency.shape)) / frequency**power
-        values = np.fft.irfft2(waves[0] + 1j * waves[1], (height, width))
-        return (values - values.mean()) / values.std()
-
-    Path(folder, "class").mkdir(parents=True)
-    for k in range(count):
-        light = 128 + 45 * field(1.1)
-        pixels = np.stack([light + 18 * field(1.3) for _ in range(3)], axis=2).clip(0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(Path(folder, "class", f"{k}.jpg"), quality=90)
+def networks(dist, compiled, arguments, images):
+    """Three measurements, with untrained networks: of encoding, decoding and a step of guided sampling."""
+    constants = constants_of(JOINT, arguments)
+    tcae = TCAE.from_constants(constants).to(dist.device)
+    pixels = torch.rand(images, 3, constants["image_size"], constants["image_size"], device=dist.device)
+    z = torch.randn_like(tcae.encode(pixels))
+    dit = LightningDiT(constants_of(DIT, arguments_of(DIT))["size"], z.shape[1], z.shape[2], 1000).to(dist.device)
+    velocity = cfg_velocity(dit, torch.zeros(images, dtype=torch.long, device=dist.device), 1000, cfg_scale=1.5)
+    if compiled:
+        compile_blocks(tcae, dit)
+    tasks = lambda: tcae.encode(pixels), lambda: tcae.decode(z), lambda: sample_flow(velocity, z, steps=1)
+    return [lambda task=task: seconds(task, dist, torch.get_num_threads()) for task in tasks]
 
 
 def torchvision_views():
-    """The same recipe in torchvision's transforms, with iBOT's own blur: a Pillow image -> a list of tensors."""
-    from torchvision import transforms as T
-    bicubic = T.InterpolationMode.BICUBIC
-    to_tensor = T.Compose([T.ToTensor(), T.Normalize([0.5] * 3, [0.5] * 3)])
-
-    def blur(image):
-        return image.filter(ImageFilter.GaussianBlur(np.random.uniform(0.1, 2)))
+    """stage1.Views in torchvision's transforms, with iBOT's own blur: a Pillow image -> a list of tensors."""
+    bicubic, to_tensor = T.InterpolationMode.BICUBIC, (T.ToTensor(), T.Normalize([0.5] * 3, [0.5] * 3))
+    blur = T.Lambda(lambda image: image.filter(ImageFilter.GaussianBlur(np.random.uniform(0.1, 2))))
 
     def view(size, scale, blurred, solarized):
-        return T.Compose([
-            T.RandomResizedCrop(size, scale, interpolation=bicubic), T.RandomHorizontalFlip(),
-            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8), T.RandomGrayscale(0.2),
-            T.RandomApply([T.Lambda(blur)], blurred), T.RandomSolarize(128, solarized), to_tensor])
+        return T.Compose([T.RandomResizedCrop(size, scale, interpolation=bicubic), T.RandomHorizontalFlip(),
+                          T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8), T.RandomGrayscale(0.2),
+                          T.RandomApply([blur], blurred), T.RandomSolarize(128, solarized), *to_tensor])
 
     size, scale = stage1.global_crop_size, stage1.global_crop_scale
-    plain = T.Compose([T.Resize(stage1.image_size, bicubic), T.RandomCrop(stage1.image_size), T.RandomHorizontalFlip(),
-                       to_tensor])
-    views = [plain, view(size, scale, 1.0, 0.0), view(size, scale, 0.1, 0.2)] + stage1.local_crops * [
-        view(stage1.local_crop_size, stage1.local_crop_scale, 0.5, 0.0)]
+    views = [view(size, scale, 1, 0), view(size, scale, 0.1, 0.2), T.Compose([
+        T.Resize(stage1.image_size, bicubic), T.RandomCrop(stage1.image_size), T.RandomHorizontalFlip(), *to_tensor])]
+    views += [view(stage1.local_crop_size, stage1.local_crop_scale, 0.5, 0)] * stage1.local_crops
     return lambda image: [view(image) for view in views]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The tables
+def steps_table(dist, plain):
+    def measures(dist, compiled, *flags):
+        return [*(lambda script=script: train(script, *arguments_of(script), *flags)[1] for script in SHAPES),
+                *networks(dist, compiled, arguments_of(JOINT), images[DIT])]
+
+    yield "step", "images", "ms", "images/s", "plain float32, ms", "× faster"  # a table's first row is its header
+    images = {script: constants_of(script, arguments_of(script))["batch_size"] for script in SHAPES}
+    pairs = zip(measures(dist, dist.compiles(compile)), measures(plain, False, "--dtype=float32", "--compile=False"))
+    for name, pair in zip([*SHAPES, "encode", "decode", "guided sampling"], pairs):
+        (ours, theirs), n = medians(*pair), images.get(name, images[DIT])
+        yield name, n, f"{ours * 1e3:.1f}", f"{n / ours:.0f}", f"{theirs * 1e3:.1f}", f"{theirs / ours:.2f}"
 
 
-def row(*cells):
-    print("| " + " | ".join(str(cell) for cell in cells) + " |", flush=True)
+def tokens_table(dist, _):
+    yield "p", "M", "tokens", *(f"{name}, ms/image (of p = 8's)" for name in ("encode", "decode", "joint step"))
+    images, measures, rows = batch_size or (64 if dist.device.type == "cuda" else 2), [], ((16, 0), (8, 0), (8, 6))
+    for p, depth in rows:
+        arguments = f"--batch_size={images}", f"--patch_size={p}", f"--stc_depth={depth}"
+        encode, decode, _ = networks(dist, dist.compiles(compile), arguments, images)
+        measures += [encode, decode, lambda arguments=arguments: train(JOINT, *arguments)[1]]
+    ms = 1e3 / images * medians(*measures).reshape(3, 3)  # rows × columns
+    for (p, depth), times in zip(rows, ms):
+        yield p, depth or "–", (256 // p) ** 2, *(f"{time:.1f} ({time / p8:.0%})" for time, p8 in zip(times, ms[1]))
 
 
-def heading(*cells):
-    print()
-    row(*cells)
-    row(*["---"] * len(cells))
-
-
-def show_steps(dist):
-    on, plainly = dist.device, runtime.Distributed(device, "float32")
-    fastest = large_product(on, dist.dtype)
-    print(f"\na large product: {fastest:.3g} TFLOP/s in {dist.dtype}, "
-          f"{large_product(on, torch.float32):.3g} in float32")
-    heading("step", "images", "ms", "images/s", "TFLOP/s", "of a large product", "products", "× plain", "MB")
-
-    def measure(name, images, step, modules, plain=None):
-        with Products() as products:  # before compiling: what is inside compiled code can't be seen
-            step()
-        if dist.compiles(compile):
-            compile_blocks(*modules)
-        times = medians({"ours": step, "plain": plain or (lambda: None)}, on)
-        ours, rate = times["ours"], products.operations / times["ours"] / 1e12
-        row(name, images, f"{ours * 1e3:.1f}", f"{images / ours:.0f}", f"{rate:.3g}", f"{rate / fastest:.0%}",
-            f"{products.seconds(on) / ours:.0%}", f"{times['plain'] / ours:.2f}" if plain else "",
-            f"{peak_memory(step, on):.0f}")
-        if on.type == "cuda":
-            torch.cuda.set_sync_debug_mode("warn")  # names every line that makes the host wait for the GPU
-            with warnings.catch_warnings():
-                warnings.simplefilter("always")
-                step()
-            torch.cuda.set_sync_debug_mode("default")
-
-    joint, finetune = CONFIGS[sizes]["joint"], CONFIGS[sizes]["finetune"]
-    for name, files in ("tokenizer, joint", joint), ("tokenizer, finetuning", finetune):
-        configure(stage1, files, "--data_dir=shapes", "--discriminator_weights=random")
-        images = images_per_step(stage1)
-        measure(name, images, *tokenizer_step(images, dist), tokenizer_step(images, plainly, plain=True)[0])
-    configure(stage1, joint)
-    configure(stage2, CONFIGS[sizes]["dit"])
-    images = images_per_step(stage2)
-    measure("generator", images, *generator_step(images, dist), generator_step(images, plainly)[0])
-    encode, _, modules = coding(images, dist)
-    measure("encode", images, encode, modules)
-    _, decode, modules = coding(images, dist)  # not compiled yet
-    measure("decode", images, decode, modules)
-    measure("sampling, one guided step", images, *sampling(images, dist))
-
-
-def show_tokens(dist):
-    """Always S–S at 256 px: smaller images have no patches of 64 px. Encoding takes four times the step's images."""
-    images, on, steps = batch_size or (64 if dist.device.type == "cuda" else 2), dist.device, {}
-    for p, depth in (64, 0), (32, 0), (16, 0), (8, 0), (8, 6):
-        crops = ["--global_crop_size=256", "--local_crop_size=128"] if p == 64 else []
-        configure(stage1, [], f"--patch_size={p}", f"--stc_depth={depth}", "--lpips_weight=0", *crops)
-        encode, _, modules = coding(4 * images, dist)
-        step, more = tokenizer_step(images, dist)
-        if dist.compiles(compile):
-            compile_blocks(*modules, *more)
-        steps[p, depth] = encode, step
-    encoding, joint = (medians({key: pair[k] for key, pair in steps.items()}, on) for k in (0, 1))
-    heading("p", "M", "tokens", "encoding, ms/image", "of p = 8's", "joint step, ms/image", "of p = 8's", "MB")
-    for (p, depth), (_, step) in steps.items():
-        cells = [cell for times, count in ((encoding, 4 * images), (joint, images)) for cell in
-                 (f"{times[p, depth] * 1e3 / count:.1f}", f"{times[p, depth] / times[8, 0]:.0%}")]
-        row(p, depth or "–", (256 // p) ** 2, *cells, f"{peak_memory(step, on):.0f}")
-
-
-def show_data():
-    """With the paper's views, whatever the sizes of the other tables; 2000 × 1500 px shows JPEG's draft mode."""
-    heading("JPEG files", "ours, ms/image", "torchvision's", "ours, images/s per core", "× torchvision")
-    threads, count = torch.get_num_threads(), 8
-    torch.set_num_threads(1)  # as in a loading worker
-    configure(stage1, [])
-    views = stage1.StepViews(ssl.MultiCrop(stage1.global_crop_size, stage1.global_crop_scale, stage1.local_crop_size,
-                                           stage1.local_crop_scale, stage1.local_crops, output_patch=16))
-    theirs = torchvision_views()
+def data_table(dist, _):
+    yield "JPEG files", "ours, ms/image", "torchvision's, ms/image", "× faster"
+    ours = stage1.Views(ssl.MultiCrop(stage1.global_crop_size, stage1.global_crop_scale, stage1.local_crop_size,
+                                      stage1.local_crop_scale, stage1.local_crops, output_patch=16))
+    theirs, rng = torchvision_views(), np.random.default_rng(0)
     for width, height in (500, 375), (2000, 1500):
         with tempfile.TemporaryDirectory() as folder:
-            write_photographs(folder, count, width, height)
-            source = data.ImageFolder(folder)
-            ours, epochs = data.Augmented(source, views, seed=0), itertools.count()
-            times = medians({"ours": lambda: [ours[next(epochs), i] for i in range(count)],  # other crops every time
-                             "theirs": lambda: [theirs(Image.open(path).convert("RGB")) for path in source.paths]},
-                            CPU)
-        row(f"{width} × {height} px", *(f"{time / count * 1e3:.1f}" for time in times.values()),
-            f"{count / times['ours']:.0f}", f"{times['theirs'] / times['ours']:.2f}")
-    torch.set_num_threads(threads)
+            Path(folder, "class").mkdir()
+            for k in range(8):  # noise just so coarse that the files are as large as photographs'
+                noise = Image.fromarray(rng.integers(0, 256, (height // 4, width // 4, 3), np.uint8))
+                noise.resize((width, height), Image.BICUBIC).save(f"{folder}/class/{k}.jpg", quality=90)
+            batches = data.TrainBatches(data.ImageFolder(folder), ours, seed=0)  # other crops in every "epoch"
+            times = medians(lambda: seconds(lambda: batches[[(time.time_ns(), i) for i in range(8)]], dist) / 8,
+                            lambda: seconds(lambda: [theirs(batches.source.load(i)) for i in range(8)], dist) / 8)
+        yield f"{width} × {height} px", *(f"{each * 1e3:.1f}" for each in times), f"{times[1] / times[0]:.2f}"
 
 
-def show_run():
-    """Of the run itself, from its log. The paper's sizes are given JPEG files, the others the shapes."""
-    script = [sys.executable, str(HERE / "train_tokenizer.py")]
-    help_time = seconds(lambda: subprocess.run([*script, "--help"], stdout=subprocess.DEVNULL, check=True), CPU)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = [*(str(HERE / "config" / file) for file in CONFIGS[sizes]["joint"]), f"--out_dir={folder}/out",
-                     f"--device={device}", f"--dtype={dtype}", f"--compile={compile}", "--log_every=1",
-                     "--lpips_weight=0"]
-        if sizes == "paper":
-            for split in "train", "val":
-                write_photographs(f"{folder}/{split}", 256, 500, 375)
-            arguments += [f"--data_dir={folder}"]
-        if batch_size or sizes == "paper":
-            arguments += [f"--batch_size={images_per_step(stage1)}"]
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # the run needs the memory
-        start, log, lines, first = time.perf_counter(), Path(folder, "out", "log.jsonl"), [], None
-        run = subprocess.Popen([*script, *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while run.poll() is None and len(lines) < 60:
-            time.sleep(0.05)
-            lines = log.read_text().splitlines() if log.exists() else []
-            first = first or (time.perf_counter() - start if lines else None)
-        run.kill()
-        run.wait()
-    steps = [step for step in map(json.loads, lines[10:60]) if "waiting" in step]  # the first ones warm up
-    check(steps, f"train_tokenizer.py ended after {len(lines)} steps; to see why: {' '.join(script + arguments)}")
-    spent = sum(step["seconds"] for step in steps)
-    heading("train_tokenizer.py", "")
-    row("--help", f"{help_time:.1f} s")
-    row("first step after", f"{first:.1f} s")
-    row("images/s", f"{sum(step['seconds'] * step['images_per_second'] for step in steps) / spent:.0f}")
-    row("waiting for data", f"{sum(step['waiting'] * step['seconds'] for step in steps) / spent:.1%} of the time")
+def run_table(dist, _):
+    yield "train_tokenizer.py", "seconds", "beside"
+    helped, alone = (seconds(lambda: subprocess.run([sys.executable, *words], cwd=HERE, capture_output=True), dist)
+                     for words in ((JOINT, "--help"), ("-c", "import torch")))
+    yield "--help", f"{helped:.1f}", f"{alone:.1f} for `import torch` alone"
+    workers = f"--workers={constants_of(JOINT, arguments_of(JOINT))['workers']}"
+    first, step, waiting = medians(lambda: train(JOINT, *arguments_of(JOINT), workers))[0]
+    yield "to its first step", f"{first:.1f}", f"{helped:.1f} for --help"
+    yield "then a step", f"{step / (1 - waiting):.3f}", f"{waiting:.1%} of it waiting for data"
 
 
 def main():
     global sizes
     runtime.configure(globals())
-    tables = {"steps": show_steps, "tokens": show_tokens, "data": lambda _: show_data(), "run": lambda _: show_run()}
-    for name in only.split(","):
-        check(name in tables, f"only={only!r}: the tables are {', '.join(tables)}")
-    check(sizes in ("auto", *CONFIGS), f"sizes={sizes!r}: it is auto, {' or '.join(CONFIGS)}")
-    check(repeats > 0, f"repeats={repeats} must be at least 1")
-    dist = runtime.Distributed(device, dtype)
-    dist.compiles(compile)  # where that does not work, this ends it before anything is measured
+    tables = {"steps": steps_table, "tokens": tokens_table, "data": data_table, "run": run_table}
+    runtime.check({*only.split(",")} <= {*tables}, f"only={only!r}: the tables are {', '.join(tables)}")
+    dist, plain = (runtime.Distributed(device, each) for each in (dtype, "float32"))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to save
     sizes = {"auto": "paper" if dist.device.type == "cuda" else "shapes"}.get(sizes, sizes)
-    print(f"PyTorch {torch.__version__}, sizes={sizes}")
     for name in only.split(","):
-        tables[name](dist)
+        for k, cells in enumerate(tables[name](dist, plain)):
+            print("\n" * (k == 0) + f"| {' | '.join(map(str, cells))} |", flush=True)
+            if k == 0:
+                print("|" + " --- |" * len(cells))
 
 
 if __name__ == "__main__":

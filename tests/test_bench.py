@@ -1,157 +1,154 @@
-"""bench.py: that it counts what it says, that what it calls plain is the same computation, and that it runs."""
-import math
-import re
-import subprocess
+"""bench.py: every table is measured in full, what is compared is the same recipe; and no step waits for its device."""
+import os
+import signal
 import sys
 from contextlib import nullcontext
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
+from PIL import Image
 
 import bench
+import data
+import finetune_decoder
 import runtime
 import train_dit
 import train_tokenizer
+from model import TCAE
 
-ROOT = Path(__file__).parent.parent
-TINY = """
-data_dir = "shapes"
-image_size, patch_size, downsample, latent_channels = 16, 4, 8, 4
-encoder = decoder = "32/2/2"
-stc_depth, lpips_weight, prototypes, head_hidden = 1, 0.0, 32, 32
-global_crop_size, local_crop_size, local_crops = 16, 8, 2
-batch_size, shapes_images, workers, epochs, val_images = 8, 800, 0, 1, 8
-warmup_epochs, freeze_prototypes_epochs, stats_images = 0.0, 0.0, 8
-"""
+TINY = dict(data_dir="shapes", image_size=16, patch_size=4, downsample=8, latent_channels=4, encoder="32/2/2",
+            decoder="32/2/2", stc_depth=1, lpips_weight=0.0, prototypes=32, head_hidden=32, global_crop_size=16,
+            local_crop_size=8, local_crops=2, batch_size=8, shapes_images=8, workers=0, warmup_epochs=0.0,
+            freeze_prototypes_epochs=0.0)
+DISCRIMINATOR = dict(batch_size=8, lpips_weight=0.0, discriminator_weights="random", discriminator_size="32/4/2",
+                     discriminator_input=32, discriminator_start=0.0, adversarial_start=0.0, warmup_epochs=0.0)
+GENERATOR = dict(size="32/2/2", batch_size=8)
 
 
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
-    """Configurations so small that every table takes seconds; the scripts' constants are put back afterwards."""
-    joint, dit, finetune = (tmp_path / f"{name}.py" for name in ("joint", "dit", "finetune"))
-    joint.write_text(TINY)
-    dit.write_text('size, batch_size = "32/2/2", 8')
-    finetune.write_text('ssl_method, adversarial_weight, discriminator_size = "none", 0.5, "32/4/2"\n'
-                        "discriminator_input, discriminator_start, adversarial_start = 32, 0.0, 0.1")
-    monkeypatch.setattr(bench, "CONFIGS", {"shapes": {"joint": [joint], "finetune": [joint, finetune], "dit": [dit]}})
-    monkeypatch.setattr(bench, "sizes", "shapes")
-    monkeypatch.setattr(bench, "repeats", 1)
-    kept = {module: dict(vars(module)) for module in (train_tokenizer, train_dit)}
-    yield
-    for module, values in kept.items():
-        vars(module).update(values)
+    """Configurations so small that a run takes seconds, most of them its start."""
+    for script, constants in zip(bench.SHAPES, (TINY, DISCRIMINATOR, GENERATOR)):
+        monkeypatch.setitem(bench.SHAPES, script, tmp_path / script)
+        (tmp_path / script).write_text("".join(f"{name} = {value!r}\n" for name, value in constants.items()))
+    for name, value in dict(sizes="shapes", repeats=1, steps=4, device="cpu", dtype="float32").items():
+        monkeypatch.setattr(bench, name, value)
+    return runtime.Distributed("cpu", "float32")
 
 
-def test_products_are_counted_with_their_operations():
-    """A linear layer, a convolution and attention, forwards and backwards, against the products written out."""
-    x, weight = torch.randn(5, 7, requires_grad=True), torch.randn(3, 7, requires_grad=True)
-    with bench.Products() as products:
-        F.linear(x, weight).sum().backward()
-    assert products.operations == 3 * 2 * 5 * 7 * 3  # forwards, to x, to the weight
-
-    image, kernel = torch.randn(2, 4, 9, 9, requires_grad=True), torch.randn(6, 4, 3, 3, requires_grad=True)
-    with bench.Products() as products:
-        F.conv2d(image, kernel).sum().backward()
-    assert products.operations == 3 * 2 * 2 * 6 * 7 * 7 * 4 * 9
-
-    q, k, v = torch.randn(3, 2, 4, 10, 8)
-    with bench.Products() as products:
-        F.scaled_dot_product_attention(q, k, v)
-    assert products.operations == 2 * 2 * 2 * 4 * 10 * 10 * 8
+def positive(cell):
+    return float(cell.split(" ")[0]) > 0
 
 
-def test_products_alone_take_the_time_of_the_product():
-    """Of a step that is one product: the bare time is the step's own, within the noise of a busy machine."""
-    a, b = torch.randn(2, 512, 512)
-    with bench.Products() as products:
-        for _ in range(4):
-            a @ b
-    assert list(products.calls.values()) == [4]  # equal calls are timed once
-    alone, step = products.seconds(bench.CPU), bench.medians({"": lambda: [a @ b for _ in range(4)]}, bench.CPU)[""]
-    assert 0.2 < alone / step < 5
+def test_steps_table(tiny, monkeypatch):
+    """Every step, beside the same in plain float32: the flags of both reach the script. The runs themselves are for the
+    next test."""
+    runs = []
+    monkeypatch.setattr(bench, "train", lambda script, *flags: (runs.append((script, flags)), (5.0, 0.1, 0.0))[1])
+    header, *rows = bench.steps_table(tiny, tiny)
+    assert [row[0] for row in rows] == ["train_tokenizer.py", "finetune_decoder.py", "train_dit.py", "encode", "decode",
+                                        "guided sampling"]
+    assert all(len(row) == len(header) and row[1] == 8 and all(map(positive, row[2:])) for row in rows)
+    assert [script for script, _ in runs] == [script for script in bench.SHAPES for _ in range(2)]
+    assert all(("--dtype=float32" in arguments) == bool(k % 2) for k, (_, arguments) in enumerate(runs))
 
 
-def test_rebuilt_tensors_are_like_the_described_ones():
-    value = (torch.zeros(4, 6).T, [torch.zeros(2, dtype=torch.bfloat16), 3], None, "same")
-    first, (second, three), nothing, word = bench.rebuild(bench.describe(value), bench.CPU)
-    assert first.shape == (6, 4) and first.stride() == (1, 6)
-    seed = bench.rebuild(bench.describe(torch.zeros((), dtype=torch.int64)), bench.CPU)
-    assert seed.shape == () and seed.dtype == torch.int64  # such as fused attention takes
-    assert second.dtype == torch.bfloat16 and (three, nothing, word) == (3, None, "same")
+@pytest.mark.parametrize("script", bench.SHAPES)
+def test_a_script_is_timed_as_it_is(tiny, script):
+    first, step, waiting = bench.train(script, *bench.arguments_of(script))
+    assert 0 < step < first < 100 and 0 <= waiting < 1
 
 
-def test_the_plain_step_is_the_same_computation(tiny):
-    """Head and loss on all tokens, the masked ones weighted, give the loss of the masked tokens alone."""
-    dist = runtime.Distributed("cpu", "float32")
-    seen = []
-    for plain in False, True:
-        bench.configure(train_tokenizer, bench.CONFIGS["shapes"]["joint"])
-        original = train_tokenizer.losses
-
-        def losses(*arguments):
-            loss, terms = original(*arguments)
-            seen.append(terms)
-            return loss, terms
-
-        train_tokenizer.losses = losses
-        bench.tokenizer_step(8, dist, plain)[0]()
-    ours, plain = seen
-    assert ours["mim"] > 0
-    for name in "loss", "l1", "cls", "mim":
-        assert math.isclose(ours[name], plain[name], rel_tol=1e-5), name
+def test_a_script_that_fails_says_why(tiny):
+    with pytest.raises(SystemExit, match="train_tokenizer.py: error: .*patch_size=5"):
+        bench.train(bench.JOINT, *bench.arguments_of(bench.JOINT), "--patch_size=5")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_steps_table(tiny, capsys, dtype):
-    """Every stage is measured; nothing is missing or not a number."""
-    bench.show_steps(runtime.Distributed("cpu", dtype))
-    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
-    assert [cells[0] for cells in rows] == ["tokenizer, joint", "tokenizer, finetuning", "generator", "encode",
-                                            "decode", "sampling, one guided step"]
-    for cells in rows:
-        assert float(cells[2]) > 0 and float(cells[4]) > 0
-    assert all(float(cells[7]) > 0 for cells in rows[:3])
+def test_tokens_table(tiny, monkeypatch):
+    """p = 16, p = 8 and p = 8 with staged compression; the step's own times are 3, 10 and 4 ms for two images."""
+    ms = {("--patch_size=16", "--stc_depth=0"): 3, ("--patch_size=8", "--stc_depth=0"): 10,
+          ("--patch_size=8", "--stc_depth=6"): 4}
+    monkeypatch.setattr(bench, "train", lambda script, *arguments: (0.0, ms[arguments[1:]] / 1e3, 0.0))
+    monkeypatch.setattr(bench, "networks", lambda *_: [lambda: 1.0] * 3)
+    header, *rows = bench.tokens_table(tiny, tiny)
+    assert [row[:3] for row in rows] == [(16, "–", 256), (8, "–", 1024), (8, 6, 1024)]
+    assert [row[-1] for row in rows] == ["1.5 (30%)", "5.0 (100%)", "2.0 (40%)"] and rows[0][3] == "500.0 (100%)"
+
+
+def test_both_recipes_give_the_same_views(tiny):
+    """As many of each size, as many values each."""
+    image = Image.effect_noise((500, 375), 50).convert("RGB")
+    theirs = sorted(view.shape[-1] for view in bench.torchvision_views()(image))
+    assert theirs == [96] * train_tokenizer.local_crops + [224, 224, 256]
+
+
+def test_data_and_run_tables(tiny, monkeypatch):
+    monkeypatch.setattr(bench, "seconds", lambda task, dist: (task(), 0.5)[1])
+    header, *rows = bench.data_table(tiny, tiny)
+    assert len(rows) == 2 and all(row[1:] == ("62.5", "62.5", "1.00") for row in rows)
+    monkeypatch.setattr(bench, "train", lambda *_: (5.0, 0.3, 0.25))
+    assert [row[1] for row in bench.run_table(tiny, tiny)][1:] == ["0.5", "5.0", "0.400"]
+
+
+def test_unknown_table_names_the_constant(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--only=speed"])
+    with pytest.raises(SystemExit, match="only='speed'"):
+        bench.main()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# No step waits for its device. On the meta device tensors have no values: what would make the host wait for a GPU, such
+# as .item(), .cpu(), an `if` or a mask as an index, is an error there, as is a tensor of the CPU among the device's
 
 
 @pytest.fixture
-def meta(monkeypatch):
-    """Processes on the meta device, whose tensors have no values: what would make the host wait for a GPU, such as
-    .item(), .cpu(), an `if` or a mask as an index, is an error there, as is a tensor of the CPU among the device's."""
+def on_meta(tmp_path, monkeypatch):
+    """on_meta(script, **constants) runs its main() for two steps on the meta device, up to the checkpoint."""
+    def stop_after_two(progress, terms):
+        progress.step += 1
+        assert all(term.device.type == "meta" for name, term in terms.items())
+        if progress.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # meta has none
-    return SimpleNamespace(device=torch.device("meta"), dtype=torch.float32, autocast=nullcontext, rank=0, count=1,
-                           distribute=lambda model: model, sum=lambda tensor: tensor, print=lambda *_: None)
+    monkeypatch.setattr(runtime.Progress, "add", stop_after_two)
+    monkeypatch.setattr(runtime.Progress, "report", lambda *_: None)  # waits, and is meant to
+    monkeypatch.setattr(runtime, "save_checkpoint", lambda path, state: saved.append(state))
+    constants = runtime.configure({**vars(train_tokenizer)}, [f"--{name}={value}" for name, value in TINY.items()])
+    torch.save(dict(kind="tokenizer", finished=True, constants=constants,
+                    tokenizer=TCAE.from_constants(constants).state_dict()), tmp_path / "tokenizer.pt")
+    modules, saved = (train_tokenizer, finetune_decoder, train_dit), []
+    before, handler = [dict(vars(module)) for module in modules], signal.getsignal(signal.SIGTERM)
+
+    def run(script, **changes):
+        constants = dict(device="meta", dtype="float32", workers=0, epochs=9, out_dir=tmp_path / "out") | changes
+        monkeypatch.setattr(sys, "argv", [script.__file__, *(f"--{name}={value}" for name, value in constants.items())])
+        script.main()
+        assert [state["step"] for state in saved] == [2]
+
+    yield run
+    signal.signal(signal.SIGTERM, handler)
+    for module, values in zip(modules, before):
+        vars(module).update(values)
 
 
 @pytest.mark.parametrize("method", ["ibot", "dino", "dinov2", "none"])
-def test_no_tokenizer_step_waits_for_its_device(tiny, meta, method):
-    """Networks, losses and updates; with "none" against the discriminator."""
-    config = bench.CONFIGS["shapes"]["finetune" if method == "none" else "joint"]
-    bench.configure(train_tokenizer, config, f"--ssl_method={method}", "--discriminator_weights=random")
-    step, _ = bench.tokenizer_step(8, meta)
-    step()
+def test_no_step_of_joint_training_waits(on_meta, method):
+    on_meta(train_tokenizer, **TINY, ssl_method=method)
 
 
-def test_no_step_on_latents_waits_for_its_device(tiny, meta):
-    """The generator's, and encoding, decoding and sampling."""
-    bench.configure(train_tokenizer, bench.CONFIGS["shapes"]["joint"])
-    bench.configure(train_dit, bench.CONFIGS["shapes"]["dit"])
-    encode, decode, _ = bench.coding(4, meta)
-    for step in bench.generator_step(4, meta)[0], encode, decode, bench.sampling(4, meta)[0]:
-        step()
+def test_no_step_of_finetuning_waits(on_meta, tmp_path):
+    on_meta(finetune_decoder, **DISCRIMINATOR, init_from=tmp_path / "tokenizer.pt")
 
 
-def test_run_table(tiny, capsys):
-    """It starts the real script and reads its log."""
-    bench.show_run()
-    out = capsys.readouterr().out
-    cells = dict(re.findall(r"^\| (.+) \| (.+) \|$", out, re.MULTILINE))
-    assert 0 < float(cells["--help"].split()[0]) and 0 < float(cells["first step after"].split()[0]) < 120
-    assert 0 <= float(cells["waiting for data"].split("%")[0]) <= 100 and float(cells["images/s"]) > 0
+def test_no_step_of_the_generator_waits(on_meta, tmp_path, monkeypatch):
+    monkeypatch.setattr(runtime, "latents_of", lambda saved: "")
+    on_meta(train_dit, **GENERATOR, tokenizer=tmp_path / "tokenizer.pt", cache_latents=False)
 
 
-def test_unknown_table_names_the_constant():
-    done = subprocess.run([sys.executable, ROOT / "bench.py", "--only=speed"], capture_output=True, text=True)
-    assert done.returncode == 1 and "only='speed'" in done.stderr and len(done.stderr.splitlines()) == 1
+def test_no_step_of_coding_and_sampling_waits(tiny, monkeypatch):
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(bench, "seconds", lambda task, *_: task())
+    tiny.device = torch.device("meta")
+    for task in bench.networks(tiny, False, bench.arguments_of(bench.JOINT), 4):
+        assert task().device.type == "meta"
