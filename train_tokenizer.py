@@ -1,8 +1,8 @@
 """Stage 1: the TC-AE tokenizer, trained jointly with self-supervision (Sec. 3.4 and 3.5).
 
     python train_tokenizer.py config/shapes_tokenizer.py                      # a laptop, minutes, no data needed
-    torchrun --nproc_per_node=8 train_tokenizer.py --data_dir=imagenet        # the paper's run: p = 8, M = 6
-    python train_tokenizer.py --data_dir=imagenet --out_dir=out/x --resume=True    # goes on where it stopped
+    torchrun --nproc_per_node=8 train_tokenizer.py --patch_size=8             # the paper's run, ImageNet in imagenet/
+    python train_tokenizer.py --out_dir=out/x --resume=True                   # goes on where it stopped
 
 L = α L_rec + L_iBOT (Eq. 5), L_rec = L1 + λ_p LPIPS (Eq. 6; its adversarial term belongs to finetune_decoder.py). The
 defaults are Table 7's left column. Writes out_dir/checkpoint.pt, log.jsonl and reconstructions.png.
@@ -22,7 +22,7 @@ from model import IBOTHead, JointTokenizer, TCAE, compile_blocks, ssl_output
 from runtime import check
 
 # Data
-data_dir = ""  # folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or "shapes" for built-in images
+data_dir = "imagenet"  # folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or "shapes" for built-in images
 image_size = 256  # side of the reconstructed crop, pixels
 shapes_images = 20000  # how many shapes to train on, with data_dir = "shapes"
 workers = 8  # loading processes per training process; 0 = load in the training process
