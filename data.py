@@ -163,10 +163,8 @@ def open_split(data_dir, split, image_size, shapes_images):
     if data_dir == "shapes":
         count = shapes_images if split == "train" else max(500, shapes_images // 10)
         return Shapes(split, count, image_size)
-    check(data_dir, "data_dir is empty: --data_dir=FOLDER with train/CLASS/*.jpg and val/CLASS/*.jpg, "
-                    "or --data_dir=shapes for the built-in images")
-    check(Path(data_dir).is_dir(), f"data_dir={data_dir} is {'a file' if Path(data_dir).exists() else 'no such folder'}"
-                                   "; it must be a folder with train/ and val/")
+    check(Path(data_dir).is_dir(), f"data_dir={data_dir}: there is no such folder. It must hold train/CLASS/ and "
+                                   "val/CLASS/ with images, or be a link to them; --data_dir=shapes: built-in images")
     names = ("train",) if split == "train" else ("val", "test")
     found = [Path(data_dir, name) for name in names if Path(data_dir, name).is_dir()]
     check(found, f"data_dir={data_dir} has no folder {' or '.join(f'{name}/' for name in names)} "

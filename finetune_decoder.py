@@ -3,10 +3,11 @@
     torchrun --nproc_per_node=8 finetune_decoder.py --init_from=out/tokenizer/checkpoint.pt
     python finetune_decoder.py config/cifar10_finetune.py                     # an experiment for two CPU cores
 
-L_rec = L1 + λ_p LPIPS + λ_q w L_adv (Eq. 6). Encoder and bottleneck are frozen, so the latents stay what they are, and a
-generator on them need not be trained again. In three phases: reconstruction alone; from discriminator_start on the
-discriminator is trained beside it; from adversarial_start on its loss counts for the decoder. Writes a tokenizer's
-checkpoint like stage 1's, with the averaged decoder, log.jsonl and reconstructions.png.
+L_rec = L1 + λ_p LPIPS + λ_q w L_adv (Eq. 6), alone: Table 7's α = 0 is read as "no joint objective". Encoder and
+bottleneck are frozen, so the latents stay what they are, and a generator on them need not be trained again. In three
+phases: reconstruction; from discriminator_start on the discriminator is trained beside it; from adversarial_start on
+the decoder gets its loss too. Writes a tokenizer's checkpoint like stage 1's, with the averaged decoder, log.jsonl and
+reconstructions.png.
 """
 import copy
 import math
@@ -52,7 +53,7 @@ decoder_ema = 0.9978  # momentum of the averaged decoder, which is the one that 
 # The run
 out_dir = "out/finetuned"
 resume = False  # True: go on from out_dir/checkpoint.pt if there is one
-seed = 0  # of everything random
+seed = 0  # random seed
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
 compile = "auto"  # torch.compile the blocks: True, False; auto = on CUDA, since a CPU gains little
@@ -64,7 +65,7 @@ val_images = 1000  # how many images a validation takes; 0 = all
 DINO_WEIGHTS = ("https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
                 "")  # no checksum is published; that every name and shape fits is checked
 
-FREE = {"init_from", "out_dir", "resume", "device", "workers", "compile", "accumulate", "log_every", "save_every",
+FREE = {"init_from", "out_dir", "resume", "device", "workers", "compile", "log_every", "save_every",
         "eval_every", "val_images", "data_dir"}  # constants that a resumed run may change
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -76,7 +77,7 @@ class DINO(nn.Module):
     times its patch tokens' features (B, D, N): of the last block, then after a quarter, half, three quarters and all
     of the depth.
 
-    (RAE sets the bias of the keys to 0. It adds the same to all of a query's products, so softmax does not see it.)
+    (RAE zeroes the key bias; softmax is invariant to it.)
     """
 
     def __init__(self, size="S", patch_size=8, input_size=224):
@@ -102,7 +103,8 @@ class DINO(nn.Module):
         features = []
         for k, block in enumerate(self.blocks):
             x = block(x)
-            features += [x[:, 1:].transpose(1, 2)] * self.taps.count(k)  # (B, D, N)
+            if k in self.taps:
+                features.append(x[:, 1:].transpose(1, 2))  # (B, D, N)
         return [features[-1], *features]
 
 
@@ -147,7 +149,7 @@ class Discriminator(nn.Module):
         self.heads = nn.ModuleList(DiscriminatorHead(dino.width) for _ in range(5))
 
     def forward(self, images):
-        return torch.cat([head(x) for head, x in zip(self.heads, self.dino(images))], dim=1).float()
+        return torch.cat([head(x) for head, x in zip(self.heads, self.dino(images), strict=True)], dim=1).float()
 
 
 def augment_differentiably(images):
@@ -174,7 +176,7 @@ def augment_differentiably(images):
 
 
 def check_constants(dist):
-    """What configure() can't know. Each message names the constant and says what to do."""
+    """Checks across constants. Each message names the constant and says what to do."""
     for name in "epochs", "batch_size", "log_every", "save_every", "eval_every":
         check(globals()[name] > 0, f"{name}={globals()[name]} must be at least 1")
     check(batch_size % dist.count == 0, f"batch_size={batch_size} must be a multiple of {dist.count} (processes)")
@@ -197,7 +199,7 @@ def check_constants(dist):
 def load_dino(dino, dist):
     """The published weights into `dino`, or none, as discriminator_weights says."""
     if discriminator_weights == "random":
-        return dist.print("the discriminator stands on random weights, not on DINO's: an experiment")
+        return dist.print("the discriminator's backbone is random, not DINO: an experiment")
     try:
         path = runtime.download_weights(*DINO_WEIGHTS, dist)
     except runtime.MissingWeights as error:
@@ -293,14 +295,14 @@ def main():
 
         images = data.to_float(next(loader)["images"], dist.device)  # (B, 3, H, W)
 
-        # The encoder is frozen. (decode() undoes the normalisation, and here the decoder is called by itself.)
+        # The encoder is frozen. (decode() would undo the normalisation; here the decoder is called by itself.)
         with dist.autocast():
             with torch.no_grad():
                 latents = tcae.encode(images) * tcae.latent_std + tcae.latent_mean
             reconstruction = wrapped_decoder(latents)
 
-        # L_rec = L1 + λ_p LPIPS, with L1 on pixels in [0, 1] as in RAE. Its gradient, up to the reconstruction, is all
-        # that the rest needs.
+        # L_rec = L1 + λ_p LPIPS, with L1 on pixels in [0, 1] as in RAE. Backprop only to the reconstruction for now:
+        # the decoder's own backward runs once, below.
         terms = {"l1": F.l1_loss(reconstruction, images)}
         rec = terms["l1"] / 2
         if perceptual:
@@ -310,19 +312,19 @@ def main():
         gradient, = torch.autograd.grad(rec, reconstruction)  # (B, 3, H, W)
 
         # Eq. 6: + λ_q w L_adv with L_adv = -mean D(reconstruction). The adaptive weight w = ‖∇L_rec‖ / ‖∇L_adv‖, at the
-        # weights of the decoder's last layer, gives both the same say whatever their scales (VQGAN).
+        # weights of the decoder's last layer, balances the two gradients (VQGAN).
         if adversary_counts:
-            discriminator.eval()  # the spectral norms' iteration goes on in the discriminator's own step
+            discriminator.eval()  # no power iteration of the spectral norms here
             with dist.autocast():
                 adversarial = -discriminator(augment(reconstruction)).mean()
-            of_adversarial, = torch.autograd.grad(adversarial, reconstruction)
+            adv_grad, = torch.autograd.grad(adversarial, reconstruction)
             norms = []
-            for at_output in gradient, of_adversarial:
-                at_last_layer, = torch.autograd.grad(reconstruction, decoder.head.weight, at_output,
+            for grad in gradient, adv_grad:
+                last_layer_grad, = torch.autograd.grad(reconstruction, decoder.head.weight, grad,
                                                      retain_graph=True)
-                norms.append(dist.sum(at_last_layer).norm())
+                norms.append(dist.sum(last_layer_grad).norm())
             weight = (norms[0] / (norms[1] + 1e-6)).clamp(max=1e4)
-            gradient = gradient + adversarial_weight * weight * of_adversarial
+            gradient = gradient + adversarial_weight * weight * adv_grad
             loss = loss + adversarial_weight * weight * adversarial.detach()
             terms |= {"adversarial": adversarial, "adaptive_weight": weight}
 
@@ -333,17 +335,18 @@ def main():
         optimizer.zero_grad()
         runtime.update_ema(list(averaged.decoder.parameters()), list(decoder.parameters()), decoder_ema)
 
-        # The discriminator's hinge loss, on what the decoder makes after its step, as 8 bits like the real images. Its
-        # learning rate has a schedule of its own, which begins with its training.
+        # The discriminator's hinge loss, on fresh reconstructions from the updated decoder, quantised to 8 bits like
+        # real images. As in RAE its rate follows the decoder's schedule, begun when it starts: it ends at 8.2e-5.
         if discriminator_learns:
             discriminator.train()
             with dist.autocast():
                 with torch.no_grad():
                     fake = data.to_float(data.to_uint8(decoder(latents)), dist.device)
-                of_real, of_fake = wrapped_discriminator(augment(torch.cat([images, fake]))).chunk(2)  # (B, 5 N) each
-            hinge = (F.relu(1 - of_real).mean() + F.relu(1 + of_fake).mean()) / 2
+                logits = wrapped_discriminator(augment(torch.cat([images, fake])))  # (2 B, 5 N)
+            real_logits, fake_logits = logits.chunk(2)
+            hinge = (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()) / 2
             hinge.backward()
-            accuracy = ((of_real > 0).float().mean() + (of_fake < 0).float().mean()) / 2
+            accuracy = ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean()) / 2
             terms |= {"discriminator": hinge, "discriminator_accuracy": accuracy}
             discriminator_step = step - math.ceil(discriminator_start * steps_per_epoch)
             discriminator_optimizer.param_groups[0]["lr"] = runtime.cosine(discriminator_step, steps, learning_rate,
@@ -352,7 +355,7 @@ def main():
             discriminator_optimizer.zero_grad()
         progress.add({"loss": loss, **terms, "grad_norm": grad_norm})
 
-        # Log, save, validate. Only here the device is waited for.
+        # Log, save, validate: the only place that synchronises with the GPU.
         done, stopping = step + 1, dist.stop_requested()
         last = done == steps
         validating = done % eval_every == 0 and not last

@@ -32,7 +32,7 @@ def parse_size(name, size, sizes=SIZES):
         raise ValueError(f"{name}={size!r} is neither one of {', '.join(sizes)} nor width/depth/heads such as 128/4/4")
     width, depth, heads = map(int, numbers)
     if width % heads or width % 4:
-        raise ValueError(f"{name}={size!r}: the width must divide by the heads, and by 4 for the position embedding")
+        raise ValueError(f"{name}={size!r}: the width must be divisible by the heads, and by 4 for its positions")
     return width, depth, heads
 
 
@@ -102,9 +102,9 @@ class MapMLP(MLP):
 
 
 def init_weights(module):
-    """For `module.apply`: Xavier for linear layers. Layers without a residual connection around them (patch embedding,
-    compression, expansion, bottleneck) get He's, which keeps the variance through the GELU: otherwise the image's
-    signal would become small beside the position embedding that is added after it. Biases are zero."""
+    """For `module.apply`: Xavier for linear layers. Layers without a residual connection around them (compression,
+    expansion, bottleneck) get He's, which keeps the variance through the GELU: otherwise the image's signal would
+    become small beside the position embedding that is added after it. Biases are zero."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
     elif isinstance(module, nn.Conv2d):
@@ -159,8 +159,8 @@ def regrid(map, factor):
 def position_embedding(height, width, reference, dim, device):
     """Fixed 2-D sine-cosine position embedding, (height * width, dim), amplitude 1.
 
-    A grid of any size is stretched over the same `reference` × `reference` square, by the centres of its patches, so a
-    local crop, too, spans the whole range of positions (iBOT interpolates a learned embedding to the same end).
+    Every grid is rescaled to `reference` × `reference`, aligned at patch centres, so that local crops span the whole
+    range too (iBOT interpolates a learned embedding instead).
     """
     def encode(count):
         position = (torch.arange(count, dtype=torch.float64) + 0.5) * reference / count - 0.5
@@ -232,7 +232,7 @@ class Encoder(nn.Module):
         x = x + position_embedding(height, width, self.reference, self.width, x.device)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, D)
         x = self.fine_blocks(x)
-        if self.compress:  # [CLS] goes around the convolution and rejoins the shorter sequence
+        if self.compress:  # [CLS] bypasses the convolution and rejoins the shorter sequence
             x, cls = to_map(x[:, 1:], height, width), x[:, :1]
             x = torch.cat([cls, to_tokens(self.compress(x))], dim=1)  # (B, 1 + N / 4, D)
         x = self.norm(self.coarse_blocks(x))
@@ -242,8 +242,8 @@ class Encoder(nn.Module):
 class Bottleneck(nn.Module):
     """Tokens on a grid -> latent (B, c, H / f, W / f): pixel shuffle to the latent's grid, then an MLP (Sec. 4.1).
 
-    `factor` = f / token patch; factor² = f_tok→lat (Eq. 3) tokens become one latent position. It is below 1 where there
-    are fewer tokens than latent positions (p = 64).
+    `factor` = f / (side of a token): factor² tokens become one latent position, f_tok→lat in Eq. 3 (with staged
+    compression a quarter of it). It is below 1 where there are fewer tokens than latent positions (p = 64).
     """
 
     def __init__(self, width, factor, latent_channels):
@@ -338,7 +338,7 @@ class TCAE(nn.Module):
         factor = downsample / token_patch
         for name, width in ("encoder", encoder_width), ("decoder", decoder_width):
             if width * downsample**2 % token_patch**2:
-                raise ValueError(f"{name}: its width {width} must divide by {round(1 / factor**2)}, "
+                raise ValueError(f"{name}: its width {width} must be divisible by {round(1 / factor**2)}, "
                                  f"since patch_size={patch_size} spreads each token over so many latent positions")
         self.encoder = Encoder(image_size, patch_size, encoder, stc_depth, compression)
         self.bottleneck = Bottleneck(encoder_width, factor, latent_channels)
@@ -364,7 +364,7 @@ class TCAE(nn.Module):
         return self.encode_with_tokens(images)[2]
 
     def encode_with_tokens(self, images):
-        """The same -> the encoder's [CLS] (B, D) and image tokens (B, h w, D), and z."""
+        """Like `encode`, but -> the encoder's [CLS] (B, D) and image tokens (B, h w, D), and z."""
         cls, tokens = self.encoder(images)
         height, width = images.shape[2] // self.encoder.output_patch, images.shape[3] // self.encoder.output_patch
         z = self.bottleneck(tokens, height, width).float()
@@ -391,13 +391,13 @@ class IBOTHead(nn.Module):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
                                  nn.Linear(hidden, bottleneck))
-        # rows of length 0.58, a linear layer's default, as in iBOT: the longer they are, the slower AdamW turns them
+        # rows of length 0.58, a linear layer's default, as in iBOT: the longer, the slower their direction changes
         self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck).uniform_(-1, 1) * bottleneck**-0.5)
         self.apply(init_weights)
 
     def forward(self, tokens):
         x = F.normalize(self.mlp(tokens).float(), dim=-1)
-        with torch.autocast(x.device.type, enabled=False):  # divided by a low temperature, bfloat16 would be too coarse
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 is too coarse once divided by a low temperature
             return F.linear(x, F.normalize(self.prototypes, dim=-1))
 
 
@@ -409,15 +409,14 @@ class SSLOutput(NamedTuple):
 
 
 class JointTokenizer(nn.Module):
-    """All that stage 1 trains, with one forward for one step, so that DistributedDataParallel sees every gradient.
+    """All that stage 1 trains, behind one forward, as DistributedDataParallel requires.
 
-    heads: ModuleDict of "cls" and "patch", the same IBOTHead in iBOT and two in DINOv2; None without self-supervision.
-    """
+    heads: ModuleDict of "cls" and "patch", the same IBOTHead in iBOT and two in DINOv2; None without SSL."""
 
     def __init__(self, tcae, heads=None, masks=True):
         super().__init__()
         self.tcae, self.heads = tcae, heads
-        tcae.encoder.mask_token.requires_grad_(heads is not None and masks)  # DDP insists that what it trains is used
+        tcae.encoder.mask_token.requires_grad_(heads is not None and masks)  # DDP refuses unused parameters
 
     def forward(self, images, views=None):
         """Images (B, 3, H, W) -> their reconstruction, and for `views` (see ssl.collate_crops) the student's SSLOutput
@@ -490,11 +489,11 @@ class ModulatedRMSNorm(nn.Module):
     def forward(self, x, shift, scale):
         """x (B, N, D); shift, scale (B, 1, D)."""
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-        return torch.addcmul(shift, x, self.weight + self.weight * scale)  # goes through x only once
+        return torch.addcmul(shift, x, self.weight + self.weight * scale)  # fused: one pass over x
 
 
 class DiTBlock(nn.Module):
-    """A transformer block steered by the condition (adaLN-Zero: at first all gates are 0, the block the identity)."""
+    """A transformer block conditioned by modulation (adaLN-Zero: at first all gates are 0, the block the identity)."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -519,7 +518,7 @@ class LightningDiT(nn.Module):
         super().__init__()
         width, depth, heads = parse_size("size", size, DIT_SIZES)
         if width // heads % 4:
-            raise ValueError(f"size={size!r}: each head's width must divide by 4, for the 2-D rotary positions")
+            raise ValueError(f"size={size!r}: each head's width must be divisible by 4, for 2-D rotary positions")
         self.latent_size, self.width, self.head_width, self.null_class = latent_size, width, width // heads, classes
         self.embed = nn.Linear(latent_channels, width)
         self.register_buffer("time_frequencies", torch.randn(256))  # Gaussian Fourier features, fixed
@@ -553,9 +552,8 @@ class LightningDiT(nn.Module):
 
 
 def shift_time(t, latent_shape, shift_base=4096):
-    """t' = s t / (1 + (s - 1) t), s = √(c h w / shift_base): it takes more noise to hide a larger latent, so its times
-    are shifted towards noise (t = 1). s is at least 1: with less, small latents would be trained almost only at little
-    noise (RAE's code does not allow it either). t: tensor in [0, 1]; latent_shape (c, h, w)."""
+    """t' = s t / (1 + (s - 1) t), s = √(c h w / shift_base): larger latents need more noise, so t is shifted towards it
+    (t = 1). s is at least 1, as in RAE. t: tensor in [0, 1]; latent_shape (c, h, w)."""
     c, h, w = latent_shape
     s = max(1.0, c * h * w / shift_base) ** 0.5
     return s * t / (1 + (s - 1) * t)
@@ -586,10 +584,10 @@ def cfg_velocity(model, labels, null_class, cfg_scale=1.0, cfg_interval=(0.0, 1.
 
 
 def sample_flow(velocity, noise, steps, method="euler", shift_base=4096):
-    """Follows dz/dt = velocity(z, t) from noise (t = 1) to data (t = 0) in `steps` steps on the shifted grid.
+    """Integrates dz/dt = velocity(z, t) from noise (t = 1) to data (t = 0) in `steps` steps on the shifted grid.
 
-    noise (B, c, h, w). method "euler": one evaluation per step; "heun": two, second order. Heun's last step is Euler's,
-    so that the model is not asked at t = 0, where the velocity is discontinuous if the data are points.
+    noise (B, c, h, w). method "euler": one evaluation per step; "heun": two, second order, with a last step of Euler's,
+    to avoid evaluating at t = 0, where the velocity is discontinuous if the data are points.
     """
     z = noise
     grid = shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), noise.shape[1:], shift_base).float()

@@ -2,17 +2,17 @@
 
 iBOT in a paragraph: the teacher, a moving average of the student, sees two global crops of an image and turns [CLS] and
 every token into a distribution over K prototypes. The student sees the same crops with blocks of tokens masked, and
-several small local crops. It has to predict the teacher's [CLS] of every *other* crop, L_[CLS], and the teacher's
-tokens where its own are masked, L_MIM. So tokens come to say what an image shows, not only what its pixels are.
+several small local crops. It has to predict the teacher's [CLS] of each global crop from every *other* crop, L_[CLS],
+and the teacher's tokens where its own are masked, L_MIM. So tokens come to say what an image shows.
 
     IBOTLoss                     L_iBOT = L_[CLS] + L_MIM (Eq. 4); METHODS: in what DINO and DINOv2 differ
     block_mask, random_mask      which tokens are masked
     MultiCrop, collate_crops     one image -> its crops and masks; a batch of them
     random_resized_crop, augment, …    pixel arithmetic
 
-Nothing here has parameters: the heads are in model.py. The file bears the name of Python's TLS module, so each `import
-ssl` in this project's processes finds it. That is why it first runs the standard library's ssl, to *be* that module
-with iBOT on top, and imports numpy, Pillow and torch only when they are used: who only wants TLS may not have them.
+Nothing here has parameters: the heads are in model.py. This file shadows the standard library's `ssl`. It therefore
+executes the real one in its own namespace first, and imports numpy, Pillow and torch lazily, so that `import ssl`, in
+urllib or pip too, gives the TLS module as ever, even where those packages are not installed.
 """
 import importlib
 import math
@@ -55,17 +55,16 @@ class IBOTLoss:
     """L_iBOT = L_[CLS] + L_MIM: cross-entropies between softmax((teacher - centre) / τ_t) and softmax(student / τ_s).
 
     The centre is a moving average of the teacher's logits over the global batch: subtracting it keeps one prototype
-    from winning every image, and the low temperature τ_t keeps the output from becoming uniform. The state is two of
-    them, (K,) each: for [CLS], and for patches, over the masked tokens, the only ones whose logits are computed.
+    from winning every image, and the low temperature τ_t keeps the output from becoming uniform. There are two, (K,)
+    each: for [CLS], and for masked patches (iBOT takes all patches; here only the masked ones' logits exist).
 
-    DINOv2 takes its targets from `sinkhorn_knopp` instead, without a centre, and adds `koleo_weight` × KoLeo of [CLS]
-    over the images of one crop and process.
+    DINOv2 takes its targets from `sinkhorn_knopp` instead, without a centre.
     """
 
-    def __init__(self, prototypes, device, student_temp=0.1, center_momentum=0.9, sinkhorn=False, koleo_weight=0.0,
+    def __init__(self, prototypes, device, student_temp=0.1, center_momentum=0.9, sinkhorn=False,
                  sum_over_processes=lambda x: x):
         self.student_temp, self.center_momentum = student_temp, center_momentum
-        self.sinkhorn, self.koleo_weight, self.sum_over_processes = sinkhorn, koleo_weight, sum_over_processes
+        self.sinkhorn, self.sum_over_processes = sinkhorn, sum_over_processes
         self.centers = {"cls": torch.zeros(prototypes, device=device), "patch": torch.zeros(prototypes, device=device)}
         self.batch_sums = {}
 
@@ -76,10 +75,10 @@ class IBOTLoss:
         batch = len(teacher) // 2
         log_student = (student.float() / self.student_temp).log_softmax(-1)
         loss, pairs = 0, 0
-        for q, of_teacher in enumerate(target.split(batch)):  # (B, K)
-            for v, of_student in enumerate(log_student.split(batch)):  # (B, K)
+        for q, teacher_probs in enumerate(target.split(batch)):  # (B, K)
+            for v, student_log_probs in enumerate(log_student.split(batch)):  # (B, K)
                 if v != q:
-                    loss = loss - (of_teacher * of_student).sum(-1).mean()
+                    loss = loss - (teacher_probs * student_log_probs).sum(-1).mean()
                     pairs += 1
         return loss / pairs, {"teacher_entropy": entropy(target).mean(), "batch_entropy": entropy(target.mean(0))}
 
@@ -143,9 +142,9 @@ def teacher_temperature(epoch, warmup_epochs, start, end):
 def block_mask(height, width, ratio, rng):
     """A mask (height, width), True = hidden, made of rectangles until about `ratio` of it is hidden, never more (BEiT).
 
-    Rectangles have an aspect of 0.3 to 1/0.3 and cover at least (min(height, width) // 3)² tokens. Where fewer are left
-    to hide, iBOT draws the area between the two: such a block fits only if it overlaps what is hidden already, so a
-    mask stays in few pieces.
+    Rectangles have an aspect of 0.3 to 1/0.3 and cover at least (min(height, width) // 3)² tokens. If less than that is
+    left, the area is drawn between the remainder and the minimum (iBOT): such a block fits only if it overlaps what is
+    masked already, so a mask stays in few pieces.
     """
     mask, wanted = np.zeros((height, width), bool), ratio * height * width
     smallest = (min(height, width) // 3) ** 2
@@ -184,8 +183,7 @@ class MultiCrop:
         self.local_size, self.local_scale, self.local_crops = local_size, local_scale, local_crops
         self.mask_grid, self.masks = global_size // output_patch, masks
         self.blur_scale = global_size / 224  # iBOT's radii are for 224 px: a small image is blurred less
-        # An image whose shorter side has this many pixels is never enlarged: the smallest crop has the share scale[0]
-        # of the area, and the square of its own shorter side is at least 3/4 of that.
+        # the smallest short side for which no crop is upsampled: worst case is area scale[0] and aspect 3/4
         self.short_side = math.ceil(max(size / math.sqrt(scale[0] * 3 / 4) for size, scale in
                                         [(global_size, global_scale), (local_size, local_scale)]))
 
@@ -206,8 +204,8 @@ def collate_crops(views):
     """Collated views, (B, crops, …) each -> crop by crop, as JointTokenizer.forward takes them.
 
     {"global_crops": (2 B, g, g, 3), "local_crops": (L B, l, l, 3), "mask": (2 B, h, h), "masked_index": (P,) of the
-    masked tokens among all 2 B h h, "mask_weight": (P,): all masked tokens of one crop share 1 / (2 B)}. The index is
-    found here, in the loading worker: asking a GPU how many tokens are masked would wait for it.
+    masked tokens among all 2 B h h, "mask_weight": (P,): all masked tokens of one crop share 1 / (2 B)}. Computed in
+    the loading worker, because nonzero() on a GPU would force a synchronisation.
     """
     views = {name: batch.transpose(0, 1).flatten(0, 1) for name, batch in views.items()}
     tokens = views["mask"].flatten(1)  # (2 B, h h)
@@ -232,7 +230,7 @@ def random_resized_crop(pixels, size, scale, rng):
         if 0 < w <= width and 0 < h <= height:
             left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
             break
-    else:  # a very long image: the largest part of its centre with an allowed aspect
+    else:  # an extreme aspect ratio: the largest valid centre crop
         w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
         left, top = (width - w) // 2, (height - h) // 2
     crop = data.resize(pixels[top:top + h, left:left + w], size)

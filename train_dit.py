@@ -30,7 +30,7 @@ workers = 4  # loading processes per training process; 0 = load in the training 
 # Generator
 size = "XL"  # S, B, L, XL (675 M) or width/depth/heads such as 192/6/6
 label_dropout = 0.1  # share of labels replaced by the null class, for guidance
-shift_base = 4096  # a latent of more numbers has its times shifted towards noise, by √(its numbers / shift_base)
+shift_base = 4096  # latents of more dimensions have t shifted towards noise, by √(dimensions / shift_base)
 
 # Optimisation (RAE's recipe; 80 epochs for the ablations, 800 for Table 4)
 epochs = 80  # passes over the data set
@@ -38,19 +38,19 @@ batch_size = 1024  # images per step, over all processes
 accumulate = 1  # micro-batches per step and process: less memory, the same gradient
 learning_rate = 2e-4  # after the warm-up
 min_learning_rate = 2e-5  # at the end, if it decays
-decay_epoch = 0.0  # from this epoch to the last the rate falls linearly (Table 4: 40 of 800); 0 = it is constant
+decay_epoch = 0.0  # from this epoch to the last the rate falls linearly (RAE's 800 epochs: 40); 0 = it is constant
 warmup_steps = 0  # over which the rate rises from 0
 optimizer = "adamw"  # or "muon": Muon for the matrices inside blocks, AdamW for the rest (optim.py)
 muon_rate = 3.0  # Muon's learning rate, times learning_rate
 betas = (0.9, 0.95)  # AdamW
 weight_decay = 0.0  # of all weights
-grad_clip = 1.0  # largest norm of the gradient; 0 = any
+grad_clip = 1.0  # largest norm of the gradient; 0 = no clipping
 ema_momentum = 0.9995  # of the averaged weights, which are the ones to sample from
 
 # The run
 out_dir = "out/dit"
 resume = False  # True: go on from out_dir/checkpoint.pt if there is one
-seed = 0  # of everything random
+seed = 0  # random seed
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
 compile = "auto"  # torch.compile the blocks: True, False; auto = on CUDA, in a long run on a CPU with a C++ compiler
@@ -175,7 +175,7 @@ def main():
     saved = runtime.load_checkpoint(tokenizer, "tokenizer", kind="tokenizer")
     latents_of = runtime.latents_of(saved)
     check(not resumed or resumed["latents_of"] == latents_of,
-          f"tokenizer={tokenizer} has other latents than the one that {path} was trained on")
+          f"tokenizer={tokenizer} produces other latents than the one that {path} was trained on")
     tcae, settings = TCAE.from_checkpoint(saved).to(dist.device), saved["constants"]
     image_size = settings["image_size"]
     side = image_size // settings["downsample"]

@@ -1,8 +1,8 @@
 """Stage 1: the TC-AE tokenizer, trained jointly with self-supervision (Sec. 3.4 and 3.5).
 
     python train_tokenizer.py config/shapes_tokenizer.py                      # a laptop, minutes, no data needed
-    torchrun --nproc_per_node=8 train_tokenizer.py --data_dir=imagenet        # the paper's run: p = 8, M = 6
-    python train_tokenizer.py --data_dir=imagenet --out_dir=out/x --resume=True    # goes on where it stopped
+    torchrun --nproc_per_node=8 train_tokenizer.py --patch_size=8             # the paper's run, ImageNet in imagenet/
+    python train_tokenizer.py --out_dir=out/x --resume=True                   # goes on where it stopped
 
 L = α L_rec + L_iBOT (Eq. 5), L_rec = L1 + λ_p LPIPS (Eq. 6; its adversarial term belongs to finetune_decoder.py). The
 defaults are Table 7's left column. Writes out_dir/checkpoint.pt, log.jsonl and reconstructions.png.
@@ -22,7 +22,7 @@ from model import IBOTHead, JointTokenizer, TCAE, compile_blocks, ssl_output
 from runtime import check
 
 # Data
-data_dir = ""  # folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or "shapes" for built-in images
+data_dir = "imagenet"  # folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or "shapes" for built-in images
 image_size = 256  # side of the reconstructed crop, pixels
 shapes_images = 20000  # how many shapes to train on, with data_dir = "shapes"
 workers = 8  # loading processes per training process; 0 = load in the training process
@@ -33,7 +33,7 @@ downsample = 32  # f: pixels per side of one latent position
 latent_channels = 128  # c (Table 10: 256, Table 11: 32)
 encoder = "S"  # S, B, L or width/depth/heads such as 128/4/4
 decoder = "S"  # the same (Fig. 8)
-stc_depth = 6  # M: the compression layer stands after block M; 0 = no staged compression (Table 6 calls that M = 12)
+stc_depth = 6  # M: the compression layer follows block M; 0 = no staged compression (Table 6 calls that M = 12)
 compression = "conv"  # or "shuffle" (Table 8)
 
 # Objective
@@ -57,7 +57,7 @@ freeze_prototypes_epochs = 1.0  # epochs in which the head's last layer is froze
 # Optimisation (Table 7, left)
 epochs = 50  # passes over the data set
 batch_size = 512  # images per step, over all processes
-accumulate = 1  # micro-batches per step and process: less memory, the same gradient (except for dinov2's KoLeo)
+accumulate = 1  # micro-batches per step and process: the same gradient, except for dinov2's KoLeo and Sinkhorn
 learning_rate = 1e-3  # at the end of the warm-up
 min_learning_rate = 1e-6  # at the end
 warmup_epochs = 5.0  # over which the rate rises from 0
@@ -70,7 +70,7 @@ grad_clip = 3.0  # largest norm of the whole gradient (iBOT clips each tensor's)
 # The run
 out_dir = "out/tokenizer"
 resume = False  # True: go on from out_dir/checkpoint.pt if there is one
-seed = 0  # of everything random
+seed = 0  # random seed
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
 compile = "auto"  # torch.compile the blocks: True, False; auto = on CUDA, since a CPU gains little
@@ -85,7 +85,7 @@ FREE = {"out_dir", "resume", "device", "workers", "compile", "accumulate", "log_
 
 
 def check_constants(dist):
-    """What configure() can't know. Each message names the constant and says what to do."""
+    """Checks across constants. Each message names the constant and says what to do."""
     check(ssl_method in (*ssl.METHODS, "none"), f"ssl_method={ssl_method!r}: it is {', '.join(ssl.METHODS)} or none")
     check(optimizer in optim.OPTIMIZERS, f"optimizer={optimizer!r}: it is {' or '.join(optim.OPTIMIZERS)}")
     for name in "epochs", "batch_size", "accumulate", "log_every", "save_every", "eval_every", "image_size", \
@@ -228,7 +228,7 @@ def main():
 
     done, stopping = start, False
     for step in range(start, steps):
-        # Images and crops have random numbers of their own (data.py); these are for a dropout that you may add.
+        # Data has its own random numbers; this seed only matters if you add dropout.
         torch.manual_seed(hash((seed, step, dist.rank)) % 2**63)
         lr = runtime.cosine(step, steps, learning_rate, min_learning_rate, warmup_steps)
         temperature = ssl.teacher_temperature(step / steps_per_epoch, teacher_temp_warmup_epochs, *teacher_temp)
@@ -243,7 +243,7 @@ def main():
 
             # Reconstruct one plain crop of each image, and show the student the masked and the local crops.
             with dist.autocast():
-                reconstruction, from_student = wrapped(images, views if heads else None)
+                reconstruction, student_out = wrapped(images, views if heads else None)
 
             # Eq. 6: L_rec = L1 + λ_p LPIPS.
             terms = {"l1": F.l1_loss(reconstruction, images)}
@@ -253,18 +253,18 @@ def main():
                 rec = rec + lpips_weight * terms["lpips"]
             loss = alpha * rec
 
-            # Eq. 4: L_iBOT = L_[CLS] + L_MIM. The targets are what the teacher makes of the unmasked global crops. Only
-            # the encoder and the heads feel this loss; the bottleneck and the decoder do not.
+            # Eq. 4: L_iBOT = L_[CLS] + L_MIM. Targets: the teacher's outputs on the unmasked global crops. Gradients
+            # reach only the encoder and the heads, not the bottleneck or the decoder.
             if heads:
                 with torch.no_grad(), dist.autocast():
                     target = ssl_output(teacher["encoder"], teacher["heads"], views["global_crops"],
                                         views["masked_index"])
-                terms["cls"], entropies = ibot.cls_loss(from_student.cls_logits, target.cls_logits, temperature)
-                terms["mim"] = ibot.mim_loss(from_student.patch_logits, target.patch_logits, views["mask_weight"],
+                terms["cls"], entropies = ibot.cls_loss(student_out.cls_logits, target.cls_logits, temperature)
+                terms["mim"] = ibot.mim_loss(student_out.patch_logits, target.patch_logits, views["mask_weight"],
                                              temperature)
                 ssl_loss = terms["cls"] + terms["mim"]
                 if method["koleo_weight"]:
-                    terms["koleo"] = method["koleo_weight"] * sum(ssl.koleo(crop) for crop in from_student.cls.chunk(2))
+                    terms["koleo"] = method["koleo_weight"] * sum(ssl.koleo(crop) for crop in student_out.cls.chunk(2))
                     ssl_loss = ssl_loss + terms["koleo"]
                 terms.update(entropies)  # only logged
                 loss = loss + ssl_loss  # Eq. 5: L = α L_rec + L_iBOT
@@ -273,21 +273,21 @@ def main():
             for name, term in {"loss": loss, **terms}.items():
                 step_terms[name] = step_terms.get(name, 0) + term.detach() / accumulate
 
-        # The prototypes stay as they are at first, while the teacher's output is still meaningless.
+        # Freeze the prototypes at first, as in DINO: the teacher's outputs mean nothing yet.
         if heads and step < freeze_prototypes_epochs * steps_per_epoch:
             for head in heads.values():
                 head.prototypes.grad = None
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf"))
         optimizer.step(lr)
 
-        # The teacher follows the student, ever more slowly; its centres follow its outputs.
+        # Update the centres, and the teacher as an average of the student, with momentum rising to 1.
         if heads:
             ibot.update_centers()
             momentum = runtime.cosine(step, steps, teacher_momentum, 1.0)
             runtime.update_ema(list(teacher.parameters()), list(student.parameters()), momentum)
         progress.add({**step_terms, "grad_norm": grad_norm})
 
-        # Log, save, validate. Only here the device is waited for.
+        # Log, save, validate: the only place that synchronises with the GPU.
         done, stopping = step + 1, dist.stop_requested()
         last = done == steps
         validating = done % eval_every == 0 and not last

@@ -224,9 +224,9 @@ def test_validation_images_may_stand_in_val_or_test(folder):
 def test_every_fault_of_the_folder_is_one_line_that_names_data_dir(folder):
     """What a person sees at the first try with their own images."""
     file = folder / "train" / "cat" / "0.png"
-    assert "a file" in failure(data.open_split, str(file), "train", 32, 0)
+    assert "no such folder" in failure(data.open_split, str(file), "train", 32, 0)
     assert "no such folder" in failure(data.open_split, str(folder / "nowhere"), "train", 32, 0)
-    assert "shapes" in failure(data.open_split, "", "train", 32, 0)
+    assert "shapes" in failure(data.open_split, "imagenet", "train", 32, 0)
     assert "train/" in failure(data.open_split, str(folder / "train"), "train", 32, 0)
     assert "val/" in failure(data.open_split, str(folder / "train"), "val", 32, 0)
     (folder / "empty" / "train").mkdir(parents=True)

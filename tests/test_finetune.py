@@ -226,7 +226,7 @@ def test_augmentation_equals_the_loop():
 
 
 def test_augmentation_is_unbiased_and_shifts_by_an_eighth_at_most():
-    """Of a flat colour the mean stays, away from the borders; a row or column of the border is of one grey for a shift."""
+    """Of a flat colour the mean stays, away from the borders; after a shift a row or column there is grey."""
     colour = torch.tensor([0.6, -0.5, 0.1])[:, None, None]
     images = colour.expand(4000, 3, 16, 16)
     augmented = augment_differentiably(images)
@@ -262,7 +262,8 @@ def test_the_decoder_s_gradient_is_that_of_the_plain_loss(first_step, tmp_path):
     rec = F.l1_loss((reconstruction + 1) / 2, (seen.images + 1) / 2)
     adversarial = -seen.discriminator.eval()(reconstruction).mean()
     last_layer = seen.tcae.decoder.head.weight
-    of_rec, of_adversarial = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in (rec, adversarial))
+    of_rec, of_adversarial = (torch.autograd.grad(loss, last_layer, retain_graph=True)[0]
+                              for loss in (rec, adversarial))
     weight = of_rec.norm() / (of_adversarial.norm() + 1e-6)
     loss = rec + 0.75 * weight * adversarial
     parameters = list(seen.tcae.decoder.parameters())
@@ -389,7 +390,8 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights(straight, 
     moved.unlink()  # all that the rest takes is in its own checkpoint
     finetune(init_from=moved, resume=True)
     ours, theirs = checkpoint(tmp_path / "out"), checkpoint(straight)
-    assert {"tokenizer", "decoder", "optimizer", "discriminator", "discriminator_optimizer"} <= ours.keys() and ours["finished"]
+    assert {"tokenizer", "decoder", "optimizer", "discriminator", "discriminator_optimizer"} <= ours.keys()
+    assert ours["finished"]
     ours, theirs = tensors(ours), tensors(theirs)
     assert ours.keys() == theirs.keys() and any("_u" in name for name in ours)
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
@@ -472,7 +474,7 @@ def test_a_wrong_constant_is_one_line_that_names_it(finetune, tmp_path, changes,
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("change, words", [(dict(finished=False), "not ended"), (dict(kind="dit"), "something else")])
+@pytest.mark.parametrize("change, words", [(dict(finished=False), "unfinished"), (dict(kind="dit"), "something else")])
 def test_a_checkpoint_that_is_no_finished_tokenizer_is_refused(joint, finetune, tmp_path, change, words):
     """Its latents have no statistics yet, or it has none."""
     path = tmp_path / "other.pt"

@@ -10,7 +10,8 @@ import train_dit
 from model import TCAE, IBOTHead, JointTokenizer, LightningDiT
 
 ALONE = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
-SMALL = dict(image_size=32, patch_size=4, downsample=8, latent_channels=6, encoder="32/2/2", decoder="32/2/2", stc_depth=1)
+SMALL = dict(image_size=32, patch_size=4, downsample=8, latent_channels=6, encoder="32/2/2", decoder="32/2/2",
+             stc_depth=1)
 PAPER = dict(optimizer="adamw", learning_rate=1e-3, betas=(0.9, 0.95), weight_decay=0.04, muon_rate=3.0)
 
 

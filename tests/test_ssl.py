@@ -172,7 +172,8 @@ def test_collate_crops_sorts_by_crop_and_finds_the_masked_tokens():
     mask = torch.zeros(images, 2, grid, grid, dtype=torch.bool)
     mask[0, 0, 1, 2] = mask[0, 0, 3, 3] = mask[2, 1, 0, 0] = True
     tag = torch.arange(images)[:, None] * 10
-    views = ssl.collate_crops({"global_crops": tag + torch.arange(2), "local_crops": tag + torch.arange(4), "mask": mask})
+    views = ssl.collate_crops({"global_crops": tag + torch.arange(2), "local_crops": tag + torch.arange(4),
+                               "mask": mask})
     assert views["global_crops"].tolist() == [0, 10, 20, 1, 11, 21]
     assert views["local_crops"].tolist() == [0, 10, 20, 1, 11, 21, 2, 12, 22, 3, 13, 23]
     row_of_second_crop_of_third_image = 1 * images + 2

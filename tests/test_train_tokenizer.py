@@ -451,8 +451,8 @@ def test_every_step_follows_its_schedules(here, tmp_path, monkeypatch):
     monkeypatch.setattr(ssl.IBOTLoss, "cls_loss", call_loss)
     monkeypatch.setattr(torch.optim.AdamW, "step", make_step)
     monkeypatch.setattr(runtime, "update_ema", update_ema)
-    here(grad_clip=0.01, teacher_temp_warmup_epochs=0.5, learning_rate=1e-3, min_learning_rate=1e-6, teacher_momentum=0.9,
-         out_dir=tmp_path)
+    here(grad_clip=0.01, teacher_temp_warmup_epochs=0.5, learning_rate=1e-3, min_learning_rate=1e-6,
+         teacher_momentum=0.9, out_dir=tmp_path)
     falls = [(1 + np.cos(np.pi * k / 8)) / 2 for k in range(8)]  # after the two steps of warm-up
     for name, expected in {
             "temperature": [*np.linspace(0.04, 0.07, 6), *[0.07] * 4], "norm": [0.01] * 10,

@@ -1,0 +1,47 @@
+"""README.md: what it says of the code is true."""
+import importlib.util
+import re
+import shlex
+import sys
+
+import pytest
+
+import runtime
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def commands():
+    """Every line of the README's shell blocks that runs a script of the project, without comments and the launcher."""
+    for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL):
+        for line in block.splitlines():
+            words = shlex.split(line, comments=True)
+            scripts = [k for k, word in enumerate(words) if word.endswith(".py") and not word.startswith("config/")]
+            if scripts:
+                yield words[scripts[0]:]
+
+
+@pytest.mark.parametrize("words", list(commands()), ids=" ".join)
+def test_every_command_s_constants_exist(words, monkeypatch):
+    """Its config file and constants are those of its script, of the right type."""
+    monkeypatch.chdir(ROOT)
+    spec = importlib.util.spec_from_file_location("script", ROOT / words[0])
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    runtime.configure(vars(script), words[1:])
+
+
+def test_every_equation_is_where_the_table_says():
+    """The name is in the file, and the equation's or section's or table's label too."""
+    rows = re.findall(r"^\| ((?:Eq|Sec|Table)[ .\w]*?), .*? \| `(\S+)`.*? \| `(\w+)` \|$", README, re.MULTILINE)
+    assert [label for label, _, _ in rows] == [*(f"Eq. {k}" for k in range(1, 7)), "Sec. 3.3", "Table 1"]
+    for label, file, name in rows:
+        source = (ROOT / file).read_text()
+        assert re.search(rf"^(def|class) {name}\b", source, re.MULTILINE), (file, name)
+        assert label in source, (label, file)
+
+
+def test_every_file_that_it_names_is_there():
+    for path in re.findall(r"`((?:config|docs|runs|tests)/[\w./]+\.\w+|\w+\.py)`|\]\((docs/[^)]+)\)", README):
+        assert (ROOT / (path[0] or path[1])).exists(), path
