@@ -76,7 +76,7 @@ def train(script, *arguments):
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, HERE / script, f"--workers={8 if torch.cuda.is_available() else 0}",
                    f"--dtype={dtype}", f"--compile={compile}", *arguments, *MORE[script].split(), f"--device={device}",
-                   f"--out_dir={folder}/out", f"--epochs={10 * steps}", "--log_every=1"]
+                   f"--out_dir={folder}/out", f"--epochs={1000 * steps}", "--log_every=1"]
         if script == JOINT:
             command += source
         else:  # after a tokenizer that has learned nothing, which is as fast
