@@ -23,9 +23,9 @@ import scipy.linalg
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 
 import data
+import pretrained
 import runtime
 from model import TCAE
 from runtime import check
@@ -53,8 +53,6 @@ out = ""  # the file of results; "" = eval.json beside the checkpoint or the sam
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # of the tokenizer's matrix products; the metrics themselves are always float32 or float64
 
-INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-             "pt_inception-2015-12-05-6726825d.pth", "6726825d")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Images of a folder or an .npz
@@ -174,7 +172,7 @@ class PairMetrics:
 
     def __init__(self, images, size, dist):
         self.network = load_network("rFID", "feature_net", lambda: open_feature_net(size, dist), dist)
-        self.perceptual = load_network("LPIPS", "lpips_net", lambda: runtime.load_lpips(lpips_net, dist), dist)
+        self.perceptual = load_network("LPIPS", "lpips_net", lambda: pretrained.load_lpips(lpips_net, dist), dist)
         self.device, self.sums = dist.device, torch.zeros(6, dtype=torch.float64)  # the last is the count
         self.features = [FeatureSums(self.network, images, dist.device) for _ in range(2 if self.network else 0)]
 
@@ -226,65 +224,6 @@ def pca_psnr(train, val, values, size, dist):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sets of images: Fréchet distance and Inception score
-
-
-def resize_like_tensorflow(x, size):
-    """Bilinear to size × size, (B, C, H, W), as in TensorFlow 1: output pixel i samples at i · H / size, not at its
-    centre, and nothing is averaged on the way down. FID is defined with it."""
-    def neighbours(length):
-        place = torch.arange(size, dtype=torch.float32, device=x.device) * (length / size)
-        low = place.long()
-        return low, (low + 1).clamp(max=length - 1), place - low
-
-    low, high, share = neighbours(x.shape[3])
-    x = torch.lerp(x[..., low], x[..., high], share)  # (B, C, H, size)
-    low, high, share = neighbours(x.shape[2])
-    return torch.lerp(x[:, :, low], x[:, :, high], share[:, None])
-
-
-def repooled(block, pool):
-    """torchvision's Inception block `block`, but with its last branch fed by `pool`."""
-    class Repooled(block):
-        def forward(self, x):
-            last = self.branch_pool(pool(x))
-            return torch.cat([super().forward(x)[:, :-last.shape[1]], last], dim=1)
-    return Repooled
-
-
-class Inception(nn.Module):
-    """The Inception-v3 of 2015 that FID and IS are defined with: uint8 (B, H, W, 3) -> features (B, 2048), logits
-    (B, 1008). It is torchvision's except for pooling: averages leave out the padding, and the last block takes a
-    maximum. IS uses the logits without their bias."""
-
-    def __init__(self):
-        super().__init__()
-        from torchvision.models import inception as tv
-
-        def average(x):
-            return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
-
-        def maximum(x):
-            return F.max_pool2d(x, 3, stride=1, padding=1)
-
-        self.net = tv.Inception3(1008, aux_logits=False, init_weights=False, inception_blocks=[
-            tv.BasicConv2d, repooled(tv.InceptionA, average), tv.InceptionB, repooled(tv.InceptionC, average),
-            tv.InceptionD, repooled(tv.InceptionE, average), tv.InceptionAux])
-        self.net.Mixed_7c = repooled(tv.InceptionE, maximum)(2048)
-        self.classifier, self.net.fc = self.net.fc, nn.Identity()
-        self.features, self.classes = 2048, 1008
-
-    @classmethod
-    def pretrained(cls, path):
-        """With the published weights."""
-        inception, weights = cls(), torch.load(path, map_location="cpu", weights_only=True)
-        inception.classifier.load_state_dict({name[3:]: weights.pop(name) for name in ("fc.weight", "fc.bias")})
-        inception.net.load_state_dict(weights)
-        return inception
-
-    def forward(self, pixels):
-        x = resize_like_tensorflow(pixels.movedim(-1, 1).float(), 299)
-        features = self.net((x - 128) / 128)  # (B, 2048)
-        return features, features @ self.classifier.weight.T
 
 
 class FeatureNet:
@@ -458,7 +397,7 @@ def open_feature_net(size, dist):
     """The network for FID and IS of images of `size` pixels. Raises MissingWeights."""
     if feature_net:
         return FeatureNet(feature_net, size, dist.device)
-    return Inception.pretrained(runtime.download_weights(*INCEPTION, dist)).to(dist.device).eval()
+    return pretrained.Inception.pretrained(pretrained.download_weights(*pretrained.INCEPTION, dist)).to(dist.device).eval()
 
 
 def load_network(metric, constant, load, dist):
@@ -467,7 +406,7 @@ def load_network(metric, constant, load, dist):
         if globals()[constant] != "none":
             return load()
         dist.print(f"{metric} will not be measured: {constant}=none")
-    except runtime.MissingWeights as error:
+    except pretrained.MissingWeights as error:
         dist.print(f"{metric} will not be measured: {error}")
 
 
@@ -523,7 +462,7 @@ def evaluate_samples(dist):
     check(feature_net != "none", "feature_net=none: FID and IS, which samples are measured by, need a network")
     try:
         network = open_feature_net(size, dist)
-    except runtime.MissingWeights as error:
+    except pretrained.MissingWeights as error:
         runtime.fail(f"FID and IS need weights: {error}")
     if target:
         mean, cov = (tuple(statistic.shape) for statistic in target)

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import data
+import pretrained
 import runtime
 from model import TCAE, Block, compile_blocks, init_weights, parse_size, to_tokens
 from runtime import check
@@ -201,8 +202,8 @@ def load_dino(dino, dist):
     if discriminator_weights == "random":
         return dist.print("the discriminator's backbone is random, not DINO: an experiment")
     try:
-        path = runtime.download_weights(*DINO_WEIGHTS, dist)
-    except runtime.MissingWeights as error:
+        path = pretrained.download_weights(*DINO_WEIGHTS, dist)
+    except pretrained.MissingWeights as error:
         runtime.fail(f"{error}, or do without: --adversarial_weight=0 (no discriminator), or "
                      "--discriminator_weights=random (an untrained one, for experiments)")
     try:
@@ -245,7 +246,7 @@ def main():
     decoder = tcae.decoder.requires_grad_(True)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay,
                                   fused=dist.device.type in ("cuda", "cpu"))
-    perceptual = runtime.training_lpips(dist) if lpips_weight else None
+    perceptual = pretrained.training_lpips(dist) if lpips_weight else None
     discriminator = None
     if adversarial_weight:
         torch.manual_seed(seed)  # random weights must be the same ones after a restart

@@ -5,7 +5,6 @@
     open_run, make_folder, save_checkpoint, load_checkpoint, check_resumable, fingerprint, latents_of
     Log, Progress, bar   log.jsonl, and what a terminal or a batch job's log file shows of a run
     cosine, update_ema   the schedule of the learning rate and of the teacher's momentum; teacher and averaged weights
-    download_weights, load_lpips, training_lpips    weights trained by others, with a checksum
 """
 import ast
 import difflib
@@ -426,58 +425,3 @@ def update_ema(averaged, trained, momentum):
     """averaged <- momentum * averaged + (1 - momentum) * trained, for two lists of parameters (EMA or teacher)."""
     with torch.no_grad():
         torch._foreach_lerp_(averaged, trained, 1 - momentum)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Weights trained by others
-
-
-class MissingWeights(Exception):
-    """Weights are neither on disk nor can be downloaded; the message says which, from where and to where."""
-
-
-def download_weights(url, sha256, dist):
-    """The path of a file of weights in torch.hub's cache, downloaded by one process of each machine if it isn't there.
-    sha256: its checksum or the beginning of it. Raises MissingWeights in every process if any lacks the file."""
-    path, error = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1], ""
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        try:
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=True)
-            with open(path, "rb") as file:
-                digest = hashlib.sha256()
-                while block := file.read(1 << 20):
-                    digest.update(block)
-            if not digest.hexdigest().startswith(sha256):
-                error = f"{path} is damaged (its checksum is {digest.hexdigest()[:16]}…); remove it and try again"
-        except Exception as problem:
-            error = f"{path.name} could not be downloaded from {url} ({problem}); put it at {path}"
-    errors = [error for error in dist.gather([error]) if error]
-    if errors:
-        raise MissingWeights(errors[0])
-    return path
-
-
-def load_lpips(net, dist):
-    """LPIPS over VGG-16 ("vgg") or AlexNet ("alex"), frozen: (B, 3, H, W) twice, in [-1, 1] -> (B, 1, 1, 1)."""
-    file, sha256 = {"vgg": ("vgg16-397923af.pth", "397923af"), "alex": ("alexnet-owt-7be5be79.pth", "7be5be79")}[net]
-    download_weights(f"https://download.pytorch.org/models/{file}", sha256, dist)
-    import lpips  # it loads the file that is now there
-    return lpips.LPIPS(net=net, verbose=False).to(dist.device).requires_grad_(False)
-
-
-def training_lpips(dist):
-    """LPIPS over VGG-16 for training: its convolutions run in the processes' precision, its distances in float32."""
-    try:
-        perceptual = load_lpips("vgg", dist)
-    except MissingWeights as error:
-        fail(f"{error}, or do without the perceptual loss: --lpips_weight=0")
-    convolutions = perceptual.net.to(memory_format=torch.channels_last).forward
-
-    def forward(images):
-        with dist.autocast():
-            return [features.float() for features in convolutions(images)]
-
-    perceptual.net.forward = forward
-    return perceptual

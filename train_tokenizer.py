@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 import data
 import optim
+import pretrained
 import runtime
 import ssl  # ours: see its docstring
 from model import IBOTHead, JointTokenizer, TCAE, compile_blocks, ssl_output
@@ -177,7 +178,7 @@ def main():
         tcae = TCAE.from_constants(constants).to(dist.device)
     except ValueError as error:  # sizes that do not fit; it names the constant
         runtime.fail(error)
-    perceptual = runtime.training_lpips(dist) if lpips_weight else None
+    perceptual = pretrained.training_lpips(dist) if lpips_weight else None
 
     # Self-supervision: the student is the tokenizer's own encoder with a head; the teacher starts as a copy of both.
     heads = multi_crop = None

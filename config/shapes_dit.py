@@ -5,6 +5,7 @@ workers = 1
 size = "192/6/6"
 epochs = 8
 batch_size = 64
+optimizer = "muon"
 learning_rate = 2e-3
 decay_epoch = 3.0
 warmup_steps = 100

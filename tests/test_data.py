@@ -12,6 +12,7 @@ from skimage.metrics import peak_signal_noise_ratio
 
 import data
 import runtime
+import shapes
 import ssl
 from train_tokenizer import Views
 
@@ -67,7 +68,7 @@ def test_classes_are_told_apart_by_shape_alone():
     """Same colour, place, size and angle: every pair of stencils differs, beyond a turn that would make them equal."""
     stencils = []
     for name in data.Shapes.classes:
-        stencil = np.asarray(data.draw_shape(name, 128, (0.5, 0.5), 0.35, 0.3)) > 127
+        stencil = np.asarray(shapes.draw_shape(name, 128, (0.5, 0.5), 0.35, 0.3)) > 127
         assert 0.03 < stencil.mean() < 0.5 and not stencil[0].any() and not stencil[:, 0].any()
         centre = np.hypot(*(np.mgrid[:128, :128] - 63.5))
         stencils.append(np.array([stencil[(centre >= r) & (centre < r + 8)].mean() for r in range(0, 48, 8)]))  # radial

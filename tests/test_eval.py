@@ -22,6 +22,7 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metri
 
 import data
 import eval as stage4
+import pretrained
 import runtime
 from conftest import run_script
 from model import TCAE
@@ -227,7 +228,7 @@ def numbers(table):
 def inception(tmp_path_factory):
     """Random weights in a file, and torch-fidelity's Inception with them: from pixels to features and logits."""
     torch.manual_seed(0)
-    ours, weights = stage4.Inception(), {}
+    ours, weights = pretrained.Inception(), {}
     classifier = {f"fc.{name}": tensor for name, tensor in ours.classifier.state_dict().items()}
     for name, tensor in {**ours.net.state_dict(), **classifier}.items():
         if tensor.ndim > 1:
@@ -250,7 +251,7 @@ def test_inception_equals_torch_fidelity_s(inception, size):
     TensorFlow 1 did it."""
     path, theirs = inception
     pixels = noisy(pictures(2, size))
-    for a, b in zip(stage4.Inception.pretrained(path).eval()(pixels), theirs(pixels), strict=True):
+    for a, b in zip(pretrained.Inception.pretrained(path).eval()(pixels), theirs(pixels), strict=True):
         assert a.shape == b.shape and 1e-2 < b.std() < 1e2, "activations neither vanish nor explode"
         assert (a[0] - a[1]).abs().max() > 0.05 * b.std(), "nor are they the same for all images"
         assert (a - b).abs().max() < 1e-4 * b.abs().max()
@@ -261,13 +262,13 @@ def test_fid_and_is_with_inception(inception, evaluate, monkeypatch, tmp_path):
     """The whole way from files to FID and IS, which are called so; the file of weights is the published one."""
     path, theirs = inception
     asked = []
-    monkeypatch.setattr(runtime, "download_weights", lambda *given: asked.append(given[:2]) or path)
+    monkeypatch.setattr(pretrained, "download_weights", lambda *given: asked.append(given[:2]) or path)
     a, b = pictures(11), noisy(pictures(10, seed=1))
     table = evaluate(samples=npz_of(a, tmp_path / "a.npz"), reference=npz_of(b, tmp_path / "b.npz"))
     (features_a, logits), (features_b, _) = theirs(a), theirs(b)
     assert numbers(table) == {"gFID": pytest.approx(distance(features_a, features_b), rel=1e-3),
                               "IS": pytest.approx(their_score(logits), rel=1e-3)}
-    assert asked == [stage4.INCEPTION]
+    assert asked == [pretrained.INCEPTION]
 
 
 @pytest.mark.parametrize("count_a, count_b", [(100, 60), (37, 95), (10, 10), (11, 19)])
@@ -332,7 +333,7 @@ def test_lpips_equals_the_package_s_image_by_image(monkeypatch):
     """What the package gives for images in [-1, 1], averaged; random AlexNet, since its weights can't be had here."""
     torch.manual_seed(0)
     package = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-    monkeypatch.setattr(runtime, "download_weights", lambda *_: None)
+    monkeypatch.setattr(pretrained, "download_weights", lambda *_: None)
     monkeypatch.setattr(lpips, "LPIPS", lambda net, verbose: package)
     a, b = pairs(48, 40)
     expected = [package(*(image[None].movedim(-1, 1) / 127.5 - 1 for image in pair)).item() for pair in zip(a, b)]
@@ -397,7 +398,7 @@ def test_reference_may_be_the_shapes(evaluate, net, monkeypatch, tmp_path):
 def test_tokenizer_s_and_pairs_table(tokenizer, net, evaluate, monkeypatch, tmp_path):
     """The tokenizer's is that of its reconstructions, wherever they come from; fewer than ten will do. Structure loss
     is 1 - R_lat / R_tok."""
-    monkeypatch.setattr(runtime, "load_lpips", lambda *_: lambda a, b: (a - b).abs().mean((1, 2, 3), keepdim=True))
+    monkeypatch.setattr(pretrained, "load_lpips", lambda *_: lambda a, b: (a - b).abs().mean((1, 2, 3), keepdim=True))
     shapes, tcae = data.Shapes("val", 500, 32), TCAE.from_checkpoint(torch.load(tokenizer))
     originals = torch.from_numpy(np.stack([data.center_crop(shapes.load(i), 32) for i in (0, 166, 333, 499)]))
     with torch.no_grad():
@@ -476,7 +477,7 @@ def test_probes_that_are_always_wrong_have_no_structure_loss(tokenizer, evaluate
 
 def test_networks_that_are_not_wanted_are_not_fetched(tokenizer, evaluate, monkeypatch, capsys, refused, tmp_path):
     """With "none" nothing is asked of the network, and the line about what is missing says how to get it."""
-    monkeypatch.setattr(runtime, "download_weights", Mock(side_effect=AssertionError))
+    monkeypatch.setattr(pretrained, "download_weights", Mock(side_effect=AssertionError))
     table = evaluate(tokenizer=tokenizer, feature_net="none", lpips_net="none", val_images=2, probe_images=2)
     assert table["rFID"] is None and table["LPIPS"] is None and table["PSNR"] > 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "will not be measured" in line]
@@ -490,7 +491,7 @@ def test_networks_that_are_not_wanted_are_not_fetched(tokenizer, evaluate, monke
 def test_without_weights_the_rest_of_the_table_is_measured(given, evaluate, offline, monkeypatch, capsys):
     """A line for each metric, before anything is measured, names the file that is missing, from where it comes and where
     it should lie."""
-    shown, eval_loader, url = [], data.eval_loader, stage4.INCEPTION[0]
+    shown, eval_loader, url = [], data.eval_loader, pretrained.INCEPTION[0]
     monkeypatch.setattr(data, "eval_loader", lambda *words, **more: shown.append(capsys.readouterr().out)
                         or eval_loader(*words, **more))
     table = evaluate(**{**given, "feature_net": ""})
@@ -582,7 +583,7 @@ def test_neither_or_both_and_wrong_constants(refused, unread, tokenizer, tmp_pat
     tiny, samples = (npz_of(pictures(10, size), tmp_path / f"{size}.npz") for size in (10, 32))
     assert "10 pixels" in refused(samples=tiny, reference=tiny, paired=True), "SSIM needs 11"
     assert "reference is empty" in refused(samples=samples)
-    assert stage4.INCEPTION[0] in refused(samples=samples, reference=samples), "nothing would be left to measure"
+    assert pretrained.INCEPTION[0] in refused(samples=samples, reference=samples), "nothing would be left to measure"
     for name in "train/cat", "train/dog", "val/cat":
         folder_of(pictures(2), tmp_path / name)
     assert "dog" in refused(tokenizer=tokenizer, data_dir=tmp_path), "a half-copied data set"

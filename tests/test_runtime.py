@@ -13,6 +13,7 @@ import lpips
 import pytest
 import torch
 
+import pretrained
 import runtime
 from conftest import ROOT, python, run_script
 
@@ -408,8 +409,8 @@ def test_the_time_spent_waiting_for_data_is_logged_as_a_share(tmp_path):
 
 def missing(*arguments):
     """What MissingWeights says."""
-    with pytest.raises(runtime.MissingWeights) as error:
-        runtime.download_weights(*arguments)
+    with pytest.raises(pretrained.MissingWeights) as error:
+        pretrained.download_weights(*arguments)
     return str(error.value)
 
 
@@ -425,7 +426,7 @@ def test_weights_that_are_there_are_checked_and_not_fetched(tmp_path, monkeypatc
     path.write_bytes(b"weights")
     checksum = hashlib.sha256(b"weights").hexdigest()
     for expected in checksum, checksum[:8]:
-        assert runtime.download_weights("https://localhost/weights.pth", expected, alone()) == path
+        assert pretrained.download_weights("https://localhost/weights.pth", expected, alone()) == path
     path.write_bytes(b"weigh")
     message = missing("https://localhost/weights.pth", checksum, alone())
     assert str(path) in message and "damaged" in message
@@ -450,7 +451,7 @@ def test_weights_are_fetched_once_per_machine_and_missed_by_all(tmp_path, monkey
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *_, **__: pytest.fail("tried to download"))
     path = tmp_path / "hub" / "checkpoints" / "weights.pth"
-    assert runtime.download_weights("https://localhost/weights.pth", "00", alone()) == path
+    assert pretrained.download_weights("https://localhost/weights.pth", "00", alone()) == path
     failed = alone(gather=lambda items: ["the first one's error", *items])
     assert missing("https://localhost/weights.pth", "00", failed) == "the first one's error"
 
@@ -465,8 +466,8 @@ def test_lpips_for_training(monkeypatch):
     results = {}
     for dtype in "", "float32", "bfloat16":
         network = copy.deepcopy(perceptual)
-        monkeypatch.setattr(runtime, "load_lpips", lambda *_: network)
-        network = runtime.training_lpips(runtime.Distributed("cpu", dtype)) if dtype else network
+        monkeypatch.setattr(pretrained, "load_lpips", lambda *_: network)
+        network = pretrained.training_lpips(runtime.Distributed("cpu", dtype)) if dtype else network
         x = b.clone().requires_grad_()
         distance = network(x, a)
         distance.sum().backward()

@@ -22,6 +22,7 @@ from torchvision.models import vgg16
 
 import data
 import finetune_decoder
+import pretrained
 import runtime
 import train_tokenizer
 from conftest import ROOT
@@ -433,7 +434,7 @@ def test_finetuning_s_operations_are_those_of_its_own_steps(tables, monkeypatch,
 
     monkeypatch.setattr(data.TrainLoader, "__next__", begin)
     monkeypatch.setattr(runtime.Progress, "add", end)
-    monkeypatch.setattr(runtime, "training_lpips", lambda _: lambda a, b: (vgg(a) - vgg(b)).abs())
+    monkeypatch.setattr(pretrained, "training_lpips", lambda _: lambda a, b: (vgg(a) - vgg(b)).abs())
     run_here(finetune_decoder, init_from=tmp_path / "joint.pt", out_dir=tmp_path / "out", batch_size=4, epochs=3,
              discriminator_start=1, adversarial_start=2, discriminator_weights="random", discriminator_size="96/4/4",
              discriminator_input=32, val_images=8, workers=0, device="cpu", dtype="float32")

@@ -16,6 +16,7 @@ from PIL import Image
 
 import data
 import model
+import pretrained
 import runtime
 import ssl
 import train_tokenizer
@@ -128,7 +129,7 @@ def test_the_perceptual_loss_counts_and_is_learnt_from(tmp_path, here, monkeypat
     for conv in network.net.modules():
         if isinstance(conv, torch.nn.Conv2d):  # so that differences do not fade from layer to layer
             torch.nn.init.kaiming_normal_(conv.weight)
-    monkeypatch.setattr(runtime, "load_lpips", lambda *_: network)
+    monkeypatch.setattr(pretrained, "load_lpips", lambda *_: network)
     same = dict(shapes_images=8, epochs=30, learning_rate=3e-3, warmup_epochs=5, ssl_method="none", alpha=1)
     here(**same, lpips_weight=2, dtype="bfloat16", out_dir=tmp_path / "with")
     here(**same, lpips_weight=1e-6, out_dir=tmp_path / "without")

@@ -1,0 +1,128 @@
+"""Networks whose weights others trained: downloads with a checksum, LPIPS, FID's Inception.
+
+    download_weights             a file in torch.hub's cache
+    load_lpips, training_lpips   the perceptual distance
+    Inception                    what FID and IS are defined with
+"""
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from runtime import fail
+
+INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+             "pt_inception-2015-12-05-6726825d.pth", "6726825d")
+
+
+class MissingWeights(Exception):
+    """Weights are neither on disk nor can be downloaded; the message says which, from where and to where."""
+
+
+def download_weights(url, sha256, dist):
+    """The path of a file of weights in torch.hub's cache, downloaded by one process of each machine if it isn't there.
+    sha256: its checksum or the beginning of it. Raises MissingWeights in every process if any lacks the file."""
+    path, error = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1], ""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        try:
+            if not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=True)
+            with open(path, "rb") as file:
+                digest = hashlib.sha256()
+                while block := file.read(1 << 20):
+                    digest.update(block)
+            if not digest.hexdigest().startswith(sha256):
+                error = f"{path} is damaged (its checksum is {digest.hexdigest()[:16]}…); remove it and try again"
+        except Exception as problem:
+            error = f"{path.name} could not be downloaded from {url} ({problem}); put it at {path}"
+    errors = [error for error in dist.gather([error]) if error]
+    if errors:
+        raise MissingWeights(errors[0])
+    return path
+
+
+def load_lpips(net, dist):
+    """LPIPS over VGG-16 ("vgg") or AlexNet ("alex"), frozen: (B, 3, H, W) twice, in [-1, 1] -> (B, 1, 1, 1)."""
+    file, sha256 = {"vgg": ("vgg16-397923af.pth", "397923af"), "alex": ("alexnet-owt-7be5be79.pth", "7be5be79")}[net]
+    download_weights(f"https://download.pytorch.org/models/{file}", sha256, dist)
+    import lpips  # it loads the file that is now there
+    return lpips.LPIPS(net=net, verbose=False).to(dist.device).requires_grad_(False)
+
+
+def training_lpips(dist):
+    """LPIPS over VGG-16 for training: its convolutions run in the processes' precision, its distances in float32."""
+    try:
+        perceptual = load_lpips("vgg", dist)
+    except MissingWeights as error:
+        fail(f"{error}, or do without the perceptual loss: --lpips_weight=0")
+    convolutions = perceptual.net.to(memory_format=torch.channels_last).forward
+
+    def forward(images):
+        with dist.autocast():
+            return [features.float() for features in convolutions(images)]
+
+    perceptual.net.forward = forward
+    return perceptual
+
+
+def resize_like_tensorflow(x, size):
+    """Bilinear to size × size, (B, C, H, W), as in TensorFlow 1: output pixel i samples at i · H / size, not at its
+    centre, and nothing is averaged on the way down. FID is defined with it."""
+    def neighbours(length):
+        place = torch.arange(size, dtype=torch.float32, device=x.device) * (length / size)
+        low = place.long()
+        return low, (low + 1).clamp(max=length - 1), place - low
+
+    low, high, share = neighbours(x.shape[3])
+    x = torch.lerp(x[..., low], x[..., high], share)  # (B, C, H, size)
+    low, high, share = neighbours(x.shape[2])
+    return torch.lerp(x[:, :, low], x[:, :, high], share[:, None])
+
+
+def repooled(block, pool):
+    """torchvision's Inception block `block`, but with its last branch fed by `pool`."""
+    class Repooled(block):
+        def forward(self, x):
+            last = self.branch_pool(pool(x))
+            return torch.cat([super().forward(x)[:, :-last.shape[1]], last], dim=1)
+    return Repooled
+
+
+class Inception(nn.Module):
+    """The Inception-v3 of 2015 that FID and IS are defined with: uint8 (B, H, W, 3) -> features (B, 2048), logits
+    (B, 1008). It is torchvision's except for pooling: averages leave out the padding, and the last block takes a
+    maximum. IS uses the logits without their bias."""
+
+    def __init__(self):
+        super().__init__()
+        from torchvision.models import inception as tv
+
+        def average(x):
+            return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+        def maximum(x):
+            return F.max_pool2d(x, 3, stride=1, padding=1)
+
+        self.net = tv.Inception3(1008, aux_logits=False, init_weights=False, inception_blocks=[
+            tv.BasicConv2d, repooled(tv.InceptionA, average), tv.InceptionB, repooled(tv.InceptionC, average),
+            tv.InceptionD, repooled(tv.InceptionE, average), tv.InceptionAux])
+        self.net.Mixed_7c = repooled(tv.InceptionE, maximum)(2048)
+        self.classifier, self.net.fc = self.net.fc, nn.Identity()
+        self.features, self.classes = 2048, 1008
+
+    @classmethod
+    def pretrained(cls, path):
+        """With the published weights."""
+        inception, weights = cls(), torch.load(path, map_location="cpu", weights_only=True)
+        inception.classifier.load_state_dict({name[3:]: weights.pop(name) for name in ("fc.weight", "fc.bias")})
+        inception.net.load_state_dict(weights)
+        return inception
+
+    def forward(self, pixels):
+        x = resize_like_tensorflow(pixels.movedim(-1, 1).float(), 299)
+        features = self.net((x - 128) / 128)  # (B, 2048)
+        return features, features @ self.classifier.weight.T
