@@ -2,8 +2,8 @@
 
     python runs/recognise.py --tokenizer=out/shapes_tokenizer/checkpoint.pt --samples=out/samples/samples.npz
 
-Trains a small CNN on the tokenizer's *reconstructions* of shapes (one trained on the crisp originals would measure the
-blur), says how many reconstructions of held-out shapes it knows, and how many of the samples. Writes the network as
+Trains a small CNN on the tokenizer's *reconstructions* of shapes, or with --originals=True on the crisp originals, which
+measures the blur too. Says how many held-out ones it knows, and how many of the samples. Writes the network as
 `feature_net`, in the form that eval.py takes: features and logits of uint8 images.
 """
 import sys
@@ -25,7 +25,8 @@ from runtime import check
 tokenizer = "out/shapes_tokenizer/checkpoint.pt"
 samples = ""  # .npz of sample.py; "" = train the network only
 feature_net = "out/shapes_classifier.pt2"  # where to write it
-images = 16000  # reconstructions to learn from
+originals = False  # True: learn from the crisp originals instead of the reconstructions
+images = 16000  # to learn from
 epochs = 8
 batch_size = 64
 learning_rate = 2e-3
@@ -49,12 +50,12 @@ class Classifier(nn.Module):
 
 
 @torch.no_grad()
-def reconstructions(tcae, split, count, size):
-    """uint8 (count, size, size, 3), labels (count,)."""
+def examples(tcae, split, count, size):
+    """Reconstructions or originals: uint8 (count, size, size, 3), labels (count,)."""
     source, out = data.Shapes(split, count, size), []
-    for k in tqdm(range(0, count, 200), desc=f"reconstructing {split}", disable=None):
-        pixels = np.stack([np.asarray(source.load(i)) for i in range(k, min(k + 200, count))])
-        out.append(data.to_uint8(tcae(data.to_float(torch.from_numpy(pixels), "cpu"))))
+    for k in tqdm(range(0, count, 200), desc=f"images of {split}", disable=None):
+        pixels = torch.from_numpy(np.stack([np.asarray(source.load(i)) for i in range(k, min(k + 200, count))]))
+        out.append(pixels if originals else data.to_uint8(tcae(data.to_float(pixels, "cpu"))))
     return torch.cat(out), torch.tensor(source.labels)
 
 
@@ -65,7 +66,7 @@ def main():
     tcae, size = TCAE.from_checkpoint(saved), saved["constants"]["image_size"]
     check(size == 32, f"tokenizer={tokenizer}: the classifier is made for images of 32 pixels, not {size}")
     names = data.Shapes.classes
-    pixels, labels = reconstructions(tcae, "train", images, size)
+    pixels, labels = examples(tcae, "train", images, size)
     torch.manual_seed(seed)
     network, steps = Classifier(len(names)), epochs * (len(pixels) // batch_size)
     optimizer = torch.optim.AdamW(network.parameters())
@@ -82,9 +83,9 @@ def main():
         schedule.step()
     network.eval()
     with torch.no_grad():
-        pixels, labels = reconstructions(tcae, "val", 2000, size)
+        pixels, labels = examples(tcae, "val", 2000, size)
         known = (network(pixels)[1].argmax(1) == labels).float().mean()
-        print(f"of 2000 reconstructions of held-out shapes it knows {known:.1%}")
+        print(f"of 2000 {'originals' if originals else 'reconstructions'} of held-out shapes it knows {known:.1%}")
         if samples:
             with np.load(samples) as file:
                 pixels, labels = torch.from_numpy(file["arr_0"]), torch.from_numpy(file["arr_1"])
