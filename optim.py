@@ -1,4 +1,4 @@
-"""The optimizers of the training loops: AdamW, the paper's, or Muon for the matrices, which needs a third of the steps.
+"""The optimizers of the training loops: AdamW, the paper's, or Muon for the matrices, which needs half of the steps.
 
     Optimizer            what the constant `optimizer` names
     Muon, orthogonal     its update
