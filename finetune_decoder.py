@@ -321,8 +321,7 @@ def main():
             adv_grad, = torch.autograd.grad(adversarial, reconstruction)
             norms = []
             for grad in gradient, adv_grad:
-                last_layer_grad, = torch.autograd.grad(reconstruction, decoder.head.weight, grad,
-                                                     retain_graph=True)
+                last_layer_grad, = torch.autograd.grad(reconstruction, decoder.head.weight, grad, retain_graph=True)
                 norms.append(dist.sum(last_layer_grad).norm())
             weight = (norms[0] / (norms[1] + 1e-6)).clamp(max=1e4)
             gradient = gradient + adversarial_weight * weight * adv_grad

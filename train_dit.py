@@ -65,7 +65,7 @@ FREE = {"out_dir", "resume", "device", "workers", "compile", "accumulate", "log_
 
 
 def check_constants(dist):
-    """What configure() can't know. Each message names the constant."""
+    """Checks across constants. Each message names the constant."""
     for name in "epochs", "batch_size", "accumulate", "log_every", "save_every", "sample_every", "sample_steps", \
             "shift_base":
         check(globals()[name] > 0, f"{name}={globals()[name]} must be at least 1")

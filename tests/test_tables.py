@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import vgg16
 
@@ -413,8 +414,8 @@ def test_self_supervision_s_operations_are_those_of_the_formula(tables):
 
 def test_finetuning_s_operations_are_those_of_its_own_steps(tables, monkeypatch, tmp_path):
     """A run of three steps, one in each phase, counted by PyTorch. VGG's features stand for LPIPS."""
-    constants = {**vars(train_tokenizer), **vars(finetune_decoder), "image_size": 32, "encoder": "64/4/4",
-                 "decoder": "96/4/4", "stc_depth": 2, "patch_size": 4, "downsample": 8, "discriminator_size": "96/4/4",
+    constants = {**vars(train_tokenizer), **vars(finetune_decoder), "image_size": 64, "encoder": "64/4/4",
+                 "decoder": "96/4/4", "stc_depth": 2, "discriminator_size": "96/4/4",
                  "discriminator_input": 32}
     kept = {name: constants[name] for name in (*TCAE.CONSTANTS, "shapes_images")}
     torch.save({"kind": "tokenizer", "finished": True, "constants": {**kept, "data_dir": "shapes", "shapes_images": 4},
@@ -435,13 +436,15 @@ def test_finetuning_s_operations_are_those_of_its_own_steps(tables, monkeypatch,
     monkeypatch.setattr(data.TrainLoader, "__next__", begin)
     monkeypatch.setattr(runtime.Progress, "add", end)
     monkeypatch.setattr(pretrained, "training_lpips", lambda _: lambda a, b: (vgg(a) - vgg(b)).abs())
-    run_here(finetune_decoder, init_from=tmp_path / "joint.pt", out_dir=tmp_path / "out", batch_size=4, epochs=3,
-             discriminator_start=1, adversarial_start=2, discriminator_weights="random", discriminator_size="96/4/4",
-             discriminator_input=32, val_images=8, workers=0, device="cpu", dtype="float32")
+    with sdpa_kernel(SDPBackend.MATH):  # whose products are counted with every version of PyTorch
+        run_here(finetune_decoder, init_from=tmp_path / "joint.pt", out_dir=tmp_path / "out", batch_size=4, epochs=3,
+                 discriminator_start=1, adversarial_start=2, discriminator_weights="random",
+                 discriminator_size="96/4/4", discriminator_input=32, val_images=8, workers=0, device="cpu",
+                 dtype="float32")
     with torch.device("meta"):
         expected = tables.finetuning_cost(constants)[:3]
     for counter, operations in zip(counted, expected, strict=True):  # less: what first layers need not pass on
-        assert counter.get_total_flops() / 4 == pytest.approx(operations, rel=0.01)
+        assert counter.get_total_flops() / 4 == pytest.approx(operations, rel=0.001)
 
 
 def test_a_generator_s_operations_are_those_of_the_formula(tables):
