@@ -2,6 +2,7 @@
 
     download_weights             a file in torch.hub's cache
     load_lpips, training_lpips   the perceptual distance
+    FeatureDistance              the same over a network of your own
     Inception                    what FID and IS are defined with
 """
 import hashlib
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from runtime import fail
+from runtime import check, fail
 
 INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
              "pt_inception-2015-12-05-6726825d.pth", "6726825d")
@@ -53,10 +54,13 @@ def load_lpips(net, dist):
     return lpips.LPIPS(net=net, verbose=False).to(dist.device).requires_grad_(False)
 
 
-def training_lpips(dist):
-    """LPIPS over VGG-16 for training: its convolutions run in the processes' precision, its distances in float32."""
+def training_lpips(dist, net="vgg"):
+    """LPIPS over VGG-16 for training: its convolutions run in the processes' precision, its distances in float32. `net`
+    may be a .pt2 file instead, for FeatureDistance."""
+    if net.endswith(".pt2"):
+        return FeatureDistance(net, dist)
     try:
-        perceptual = load_lpips("vgg", dist)
+        perceptual = load_lpips(net, dist)
     except MissingWeights as error:
         fail(f"{error}, or do without the perceptual loss: --lpips_weight=0")
     convolutions = perceptual.net.to(memory_format=torch.channels_last).forward
@@ -67,6 +71,25 @@ def training_lpips(dist):
 
     perceptual.net.forward = forward
     return perceptual
+
+
+class FeatureDistance:
+    """LPIPS's form over any network: (B, 3, H, W) twice, in [-1, 1] -> (B,). At every place of every feature map the
+    squared distance between the two unit vectors of channels; means over places, then over maps. LPIPS weights the
+    channels by what people judged alike, which nobody has measured for 32 px.
+
+    path: a file of torch.export.save, images -> a tuple of feature maps, as runs/cifar10_features.py writes it.
+    """
+
+    def __init__(self, path, dist):
+        check(os.path.isfile(path), f"lpips_net={path}: there is no such file")
+        self.maps, self.dist = torch.export.load(path).module().to(dist.device), dist
+
+    def __call__(self, a, b):
+        with self.dist.autocast():
+            pairs = list(zip(self.maps(a), self.maps(b)))
+        return sum((F.normalize(x.float()) - F.normalize(y.float())).square().sum(1).mean((1, 2))
+                   for x, y in pairs) / len(pairs)
 
 
 def resize_like_tensorflow(x, size):

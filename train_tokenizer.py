@@ -40,6 +40,7 @@ compression = "conv"  # or "shuffle" (Table 8)
 # Objective
 alpha = 0.1  # α, weight of the reconstruction (Table 9); L1 is on [-1, 1], twice that on [0, 1]: the paper does not say
 lpips_weight = 1.0  # λ_p; 0 = no perceptual loss, and no VGG weights needed
+lpips_net = "vgg"  # VGG-16; or a .pt2 file of feature maps, for images of another kind (runs/cifar10_features.py)
 
 # Self-supervision
 ssl_method = "ibot"  # or "dino", "dinov2" (Table 6), "none"
@@ -178,7 +179,7 @@ def main():
         tcae = TCAE.from_constants(constants).to(dist.device)
     except ValueError as error:  # sizes that do not fit; it names the constant
         runtime.fail(error)
-    perceptual = pretrained.training_lpips(dist) if lpips_weight else None
+    perceptual = pretrained.training_lpips(dist, lpips_net) if lpips_weight else None
 
     # Self-supervision: the student is the tokenizer's own encoder with a head; the teacher starts as a copy of both.
     heads = multi_crop = None

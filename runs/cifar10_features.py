@@ -1,0 +1,179 @@
+"""Two small networks that know CIFAR-10: one to measure samples by, one to train the tokenizer against.
+
+    python runs/cifar10_features.py --data_dir=cifar10                  # a residual network, for eval.py --feature_net
+    python runs/cifar10_features.py --data_dir=cifar10 --network=vgg    # a VGG, for --lpips_net
+
+The first takes uint8 images and returns features and logits, as `feature_net` does; Fréchet distances in its features are
+called FD (CIFAR-10 classifier), never FID. The second takes images in [-1, 1] and returns its feature maps, as
+`lpips_net` does. They share neither architecture nor seed, so what is trained against one is judged by the other.
+"""
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import data
+import runtime
+from runtime import check
+
+data_dir = "cifar10"  # holds train/CLASS/ and test/CLASS/
+network = "resnet"  # or "vgg"
+out = ""  # "" = out/cifar10_<network>.pt2
+epochs = 9
+batch_size = 256
+learning_rate = 0.4  # of SGD with Nesterov momentum, at its peak after a fifth of the run
+weight_decay = 5e-4
+seed = 1000  # the VGG takes the next one
+device = "auto"
+dtype = "auto"
+
+SIZE = 32
+
+
+def convolution(before, after):
+    """3 × 3 convolution, batch norm, ReLU."""
+    return nn.Sequential(nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
+
+
+class ResNet(nn.Module):
+    """A residual network of eight convolutions: (B, 3, 32, 32) in [-1, 1] -> features (B, 256), logits (B, K)."""
+
+    def __init__(self, classes, width=32):
+        super().__init__()
+        w = width
+        self.stem = convolution(3, w)
+        self.downs = nn.ModuleList([convolution(w, 2 * w), convolution(2 * w, 4 * w), convolution(4 * w, 8 * w)])
+        self.residuals = nn.ModuleList([nn.Sequential(convolution(2 * w, 2 * w), convolution(2 * w, 2 * w)),
+                                        nn.Identity(),
+                                        nn.Sequential(convolution(8 * w, 8 * w), convolution(8 * w, 8 * w))])
+        self.head = nn.Linear(8 * w, classes)
+
+    def forward(self, images):
+        x = self.stem(images)  # (B, w, 32, 32)
+        for down, residual in zip(self.downs, self.residuals):
+            x = F.max_pool2d(down(x), 2)
+            x = x if isinstance(residual, nn.Identity) else x + residual(x)
+        features = x.amax((2, 3))  # (B, 8 w, 4, 4) -> (B, 8 w)
+        return features, self.head(features)
+
+
+class VGG(nn.Module):
+    """Six convolutions in three stages: (B, 3, 32, 32) in [-1, 1] -> the stages' feature maps, at 32, 16 and 8 px."""
+
+    def __init__(self, classes, width=32):
+        super().__init__()
+        widths = (3, width, 2 * width, 4 * width)
+        self.stages = nn.ModuleList([nn.Sequential(convolution(a, b), convolution(b, b))
+                                     for a, b in zip(widths, widths[1:])])
+        self.head = nn.Linear(widths[-1], classes)
+
+    def maps(self, x):
+        maps = []
+        for stage in self.stages:
+            x = stage(F.max_pool2d(x, 2) if maps else x)
+            maps.append(x)
+        return maps
+
+    def forward(self, images):
+        features = self.maps(images)[-1].mean((2, 3))
+        return features, self.head(features)
+
+
+class Judge(nn.Module):
+    """The residual network as a `feature_net`: uint8 (B, 32, 32, 3) -> features, logits."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, pixels):
+        return self.net(pixels.movedim(-1, 1).float() / 127.5 - 1)
+
+
+class Maps(nn.Module):
+    """The VGG as a `lpips_net`: (B, 3, 32, 32) in [-1, 1] -> feature maps."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images):
+        return tuple(self.net.maps(images))
+
+
+def read(split):
+    """All images of a split: uint8 (N, 3, 32, 32), labels (N,), class names."""
+    source = data.open_split(data_dir, split, SIZE, 0)
+    pixels = np.stack([np.asarray(source.load(i)) for i in range(len(source))])
+    check(pixels.shape[1:] == (SIZE, SIZE, 3), f"data_dir={data_dir}: the networks are made for {SIZE} × {SIZE} pixels")
+    return torch.from_numpy(pixels).movedim(-1, 1).contiguous(), torch.tensor(source.labels), source.classes
+
+
+def augment(pixels):
+    """Moves by up to four pixels and mirrors, each image its own way: (B, 3, 32, 32) -> the same."""
+    b = len(pixels)
+    padded = F.pad(pixels.float(), (4, 4, 4, 4), mode="reflect")
+    windows = padded.unfold(2, SIZE, 1).unfold(3, SIZE, 1)  # (B, 3, 9, 9, 32, 32), a view
+    moved = windows[torch.arange(b), :, torch.randint(9, (b,)), torch.randint(9, (b,))]
+    return torch.where((torch.rand(b) < 0.5)[:, None, None, None], moved.flip(3), moved)
+
+
+@torch.no_grad()
+def accuracy(net, pixels, labels, dist):
+    right = 0
+    for x, y in zip(pixels.split(500), labels.split(500)):
+        with dist.autocast():
+            right += (net(x.to(dist.device).float() / 127.5 - 1)[1].argmax(1).cpu() == y).sum().item()
+    return right / len(labels)
+
+
+def main():
+    runtime.configure(globals())
+    check(network in ("resnet", "vgg"), f"network={network!r}: it is resnet or vgg")
+    path = out or f"out/cifar10_{network}.pt2"
+    dist = runtime.Distributed(device, dtype, seed)
+    runtime.make_folder(Path(path).parent)
+    pixels, labels, classes = read("train")
+    held_out, held_out_labels, _ = read("val")
+    torch.manual_seed(seed + (network == "vgg"))
+    net = (ResNet if network == "resnet" else VGG)(len(classes)).to(dist.device, memory_format=torch.channels_last)
+    steps_per_epoch = len(pixels) // batch_size
+    steps = epochs * steps_per_epoch
+    sgd = torch.optim.SGD(net.parameters(), lr=learning_rate, momentum=0.9, nesterov=True, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(sgd, learning_rate, total_steps=steps, pct_start=0.2,
+                                                   anneal_strategy="linear", cycle_momentum=False)
+    began, order = time.perf_counter(), None
+    for step in range(steps):
+        if step % steps_per_epoch == 0:
+            order = torch.randperm(len(pixels))
+        chosen = order[step % steps_per_epoch * batch_size:][:batch_size]
+        x = (augment(pixels[chosen]) / 127.5 - 1).to(dist.device, memory_format=torch.channels_last)
+        with dist.autocast():
+            logits = net(x)[1]
+        loss = F.cross_entropy(logits.float(), labels[chosen].to(dist.device), label_smoothing=0.1)
+        sgd.zero_grad()
+        loss.backward()
+        sgd.step()
+        schedule.step()
+        if (step + 1) % 50 == 0:
+            print(f"step {step + 1}/{steps}: loss {loss.item():.3f}, {time.perf_counter() - began:.0f} s", flush=True)
+    net.eval()
+    print(f"{network} knows {accuracy(net, held_out, held_out_labels, dist):.2%} of {len(held_out)} held-out images")
+    net = net.cpu().float().requires_grad_(False)
+    if network == "resnet":
+        example, exported = torch.zeros(2, SIZE, SIZE, 3, dtype=torch.uint8), Judge(net)
+    else:
+        example, exported = torch.zeros(2, 3, SIZE, SIZE), Maps(net)
+    batch = torch.export.Dim("batch", min=1)
+    torch.export.save(torch.export.export(exported.eval(), (example,), dynamic_shapes=({0: batch},)), path)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""The paper's claim in miniature: Table 2 and its neighbours on CIFAR-10, on two CPU cores.
+
+    python runs/cifar10_features.py --data_dir=cifar10                            # first: what FD is measured with
+    python runs/cifar10_features.py --data_dir=cifar10 --network=vgg              # and the perceptual loss
+    python runs/study.py --data_dir=cifar10                                       # Table 2's rows, two seeds
+    python runs/study.py --data_dir=cifar10 --rows=p16,p8,p16-none,p8-none        # Table 3's
+    python runs/study.py --rows=all --print_only=True                             # the table and the verdicts
+
+A row is a tokenizer and a generator on its latents, named as in runs/tables.py; p = 16, 8, 4 are 4, 16, 64 tokens for 4
+latent positions. All rows of a seed share data, order, steps, generator and evaluation. Stopped and called again, it goes
+on where it was; a finished cell is never run again. Results go to docs/study/ROW-seedN/, checkpoints stay in out_dir.
+"""
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import runtime
+from runtime import check
+
+data_dir = "cifar10"  # holds train/CLASS/ and test/CLASS/
+rows = "p4-none,p4-stc-none,p4,p4-stc"  # Table 2's; "all" = every row below
+seeds = (0, 1)
+tokenizer_config = "config/study_tokenizer.py"
+dit_config = "config/study_dit.py"
+feature_net = "out/cifar10_resnet.pt2"  # what FD and IS are measured with
+samples = 5000  # of each generator, without and with guidance
+cfg_scale = 2.0  # guidance
+jobs = 2  # cells at a time, of one thread each
+out_dir = "out/study"
+results = "docs/study"
+print_only = False  # True: run nothing
+cell = ""  # ROW:SEED, for the processes that the script starts
+
+ROWS = {  # the constants of train_tokenizer.py that a row sets beside config/study_tokenizer.py
+    "p16-none": dict(patch_size=16, ssl_method="none"), "p16": dict(patch_size=16, global_crop_size=32),
+    "p8-none": dict(patch_size=8, ssl_method="none"), "p8": dict(patch_size=8),
+    "p4-none": dict(patch_size=4, ssl_method="none"), "p4": dict(patch_size=4),
+    "p4-stc-none": dict(patch_size=4, stc_depth=2, ssl_method="none"), "p4-stc": dict(patch_size=4, stc_depth=2),
+}
+COLUMNS = {  # what the table shows: file, metric as eval.py names it
+    "PSNR": ("tokenizer", "PSNR"), "SSIM": ("tokenizer", "SSIM"), "rFD": ("tokenizer", "rFD"),
+    "probe, tokens": ("tokenizer", "probe on tokens"), "probe, latents": ("tokenizer", "probe on latents"),
+    "structure loss": ("tokenizer", "structure loss"), "gFD": ("samples", "gFD"), "IS": ("samples", "IS"),
+    "gFD, guided": ("guided", "gFD"),
+}
+
+# The paper's claims: what is compared, in which column, and which of the two rows should be lower (or higher).
+CLAIMS = [
+    ("more tokens help reconstruction", "PSNR", "p4-none", ">", "p8-none", "25.13 > 25.03"),
+    ("more tokens alone do not help generation", "gFD", "p4-none", ">", "p8-none", "44.72 > 31.37"),
+    ("staging helps generation, without SSL", "gFD", "p4-stc-none", "<", "p4-none", "32.92 < 44.72"),
+    ("staging helps generation, with SSL", "gFD", "p4-stc", "<", "p4", "16.39 < 25.36"),
+    ("SSL helps generation, without staging", "gFD", "p4", "<", "p4-none", "25.36 < 44.72"),
+    ("SSL helps generation, with staging", "gFD", "p4-stc", "<", "p4-stc-none", "16.39 < 32.92"),
+    ("the bottleneck loses structure, staging keeps it", "structure loss", "p4-stc", "<", "p4", "0.69 < 0.92"),
+]
+
+
+def run_cell(row, seed):
+    """Everything that a cell lacks, one command after the other."""
+    kept, folder = Path(results, f"{row}-seed{seed}"), Path(out_dir, f"{row}-seed{seed}")
+    kept.mkdir(parents=True, exist_ok=True)
+    tokenizer, dit = folder / "tokenizer" / "checkpoint.pt", folder / "dit" / "checkpoint.pt"
+    evaluate = dict(feature_net=feature_net, lpips_net="none", workers=0)
+
+    def run(result, script, *config, **constants):
+        if result.suffix == ".json" and result.exists():
+            return
+        command = [sys.executable, script, *config, *(f"--{name}={value}" for name, value in constants.items())]
+        print(f"{time.strftime('%H:%M:%S')} {row} seed {seed}: {script}", flush=True)
+        with open(folder / f"{Path(script).stem}.txt", "a") as terminal:
+            code = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=terminal,
+                                  stderr=subprocess.STDOUT).returncode
+        check(code == 0, f"{shlex.join(map(str, command))} ended with {code}; its words are in {terminal.name}")
+
+    def sample(name, scale):
+        npz = folder / name / "samples.npz"
+        if not (kept / f"{name}.json").exists():
+            run(npz, "sample.py", checkpoint=dit, num_samples=samples, cfg_scale=scale, out_dir=npz.parent)
+            run(kept / f"{name}.json", "eval.py", samples=npz, reference=f"{data_dir}/test",
+                out=kept / f"{name}.json", **evaluate)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    run(tokenizer, "train_tokenizer.py", tokenizer_config, data_dir=data_dir, seed=seed, resume=True,
+        out_dir=tokenizer.parent, **ROWS[row])
+    run(kept / "tokenizer.json", "eval.py", tokenizer=tokenizer, out=kept / "tokenizer.json", **evaluate)
+    run(dit, "train_dit.py", dit_config, tokenizer=tokenizer, seed=seed, resume=True, out_dir=dit.parent)
+    sample("samples", 1)
+    sample("guided", cfg_scale)
+    for log in tokenizer, dit:  # how it went: every tenth line or so is enough for a curve
+        lines = (log.parent / "log.jsonl").read_text().splitlines()
+        (kept / f"{log.parent.name}.log.jsonl").write_text("\n".join(lines[::max(1, len(lines) // 40)]) + "\n")
+
+
+def measured(row, seed, column):
+    """A number, or None if it isn't there yet."""
+    file, metric = COLUMNS[column]
+    path = Path(results, f"{row}-seed{seed}", f"{file}.json")
+    if path.exists():
+        for name, value in json.loads(path.read_text()).items():
+            if name.split(" (")[0] == metric:
+                return value
+
+
+def print_results(chosen):
+    print("| | " + " | ".join(COLUMNS) + " |\n" + "|---" * (len(COLUMNS) + 1) + "|")
+    for row in chosen:
+        cells = []
+        for column in COLUMNS:
+            values = [measured(row, seed, column) for seed in seeds]
+            digits = 3 if column in ("SSIM", "structure loss") or "probe" in column else 2
+            cells.append(" / ".join("–" if value is None else f"{value:.{digits}f}" for value in values))
+        print(f"| {row} | " + " | ".join(cells) + " |")
+    print("\n| the paper's claim | the paper | here, by seed | verdict |\n|---|---|---|---|")
+    for claim, column, first, sign, second, paper in CLAIMS:
+        pairs = [(a, b) for seed in seeds
+                 if None not in (a := measured(first, seed, column), b := measured(second, seed, column))]
+        print(f"| {claim} ({column}: {first} {sign} {second}) | {paper} | "
+              + ", ".join(f"{a:.2f} and {b:.2f}" for a, b in pairs) + f" | {verdict(pairs, sign)} |")
+
+
+def verdict(pairs, sign):
+    """pairs: (first, second) of each seed."""
+    if not pairs:
+        return "not run"
+    gains = [b - a if sign == "<" else a - b for a, b in pairs]
+    mean, spread = sum(gains) / len(gains), max(max(side) - min(side) for side in zip(*pairs))
+    if mean <= 0:
+        return "does not hold"
+    if len(pairs) == 1:
+        return "holds (one seed)"
+    return "holds" if min(gains) > 0 and mean > spread else "holds weakly (less than the seeds' spread)"
+
+
+def main():
+    runtime.configure(globals())
+    os.chdir(ROOT)
+    chosen = list(ROWS) if rows == "all" else rows.split(",")
+    for row in chosen:
+        check(row in ROWS, f"rows: {row!r} is none of {', '.join(ROWS)}")
+    if cell:
+        row, seed = cell.split(":")
+        return run_cell(row, int(seed))
+    if not print_only:
+        waiting, running = [f"{row}:{seed}" for seed in seeds for row in chosen], []
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                running.append(subprocess.Popen([sys.executable, __file__, *sys.argv[1:], f"--cell={waiting.pop(0)}"]))
+            time.sleep(1)
+            for process in [process for process in running if process.poll() is not None]:
+                running.remove(process)
+                check(process.returncode == 0, "a cell has failed (above); the same command goes on with the others")
+    print_results(chosen)
+
+
+if __name__ == "__main__":
+    main()
