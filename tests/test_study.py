@@ -1,0 +1,167 @@
+"""The study on CIFAR-10: its networks, its commands, its verdicts, its pictures."""
+import importlib.util
+import json
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import eval as evaluation
+import pretrained
+import runtime
+import sample
+import shapes
+import train_dit
+import train_tokenizer
+from conftest import ROOT
+from test_train_dit import run_here
+
+sys.path.insert(0, str(ROOT / "runs"))
+import cifar10_features  # noqa: E402
+import study  # noqa: E402
+
+SCRIPTS = {"train_tokenizer.py": train_tokenizer, "train_dit.py": train_dit, "sample.py": sample, "eval.py": evaluation}
+RESULT = {"train_tokenizer.py": "{out_dir}/checkpoint.pt", "train_dit.py": "{out_dir}/checkpoint.pt",
+          "sample.py": "{out_dir}/samples.npz", "eval.py": "{out}"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Shapes as files, in the layout of CIFAR-10, and both networks after a step or two."""
+    folder = tmp_path_factory.mktemp("study")
+    for split, source in ("train", shapes.Shapes("train", 64, 32)), ("test", shapes.Shapes("val", 20, 32)):
+        for i in range(len(source)):
+            path = folder / "cifar10" / split / source.classes[source.labels[i]] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            source.load(i).save(path)
+    for network in "resnet", "vgg":
+        run_here(cifar10_features, data_dir=folder / "cifar10", network=network, epochs=1, batch_size=32,
+                 out=folder / f"{network}.pt2", dtype="float32")
+    return folder
+
+
+def test_what_samples_are_measured_by(folder, monkeypatch):
+    """eval.py takes the network, for any number of images."""
+    monkeypatch.setattr(evaluation, "feature_net", str(folder / "resnet.pt2"))
+    network = evaluation.open_feature_net(32, runtime.Distributed("cpu", "float32"))
+    pixels = torch.randint(256, (3, 32, 32, 3), dtype=torch.uint8)
+    features, logits = network(pixels)
+    assert features.shape == (3, 256) and logits.shape == (3, 10)
+    assert torch.allclose(network(pixels[:1])[0], features[:1], atol=1e-5)
+
+
+def test_the_perceptual_loss_is_lpips_form(folder):
+    """Against a loop over places, in float64; zero for the same image; and it has a gradient."""
+    dist = runtime.Distributed("cpu", "float32")
+    distance = pretrained.training_lpips(dist, str(folder / "vgg.pt2"))
+    a, b = torch.rand(2, 2, 3, 32, 32) * 2 - 1
+    maps = distance.maps
+    expected = []
+    for k in range(2):
+        each = []
+        for x, y in zip(maps(a), maps(b)):
+            x, y = x[k].double(), y[k].double()  # (C, h, w)
+            places = [((x[:, i, j] / x[:, i, j].norm().clamp(min=1e-12) - y[:, i, j] / y[:, i, j].norm().clamp(min=1e-12))
+                       ** 2).sum() for i in range(x.shape[1]) for j in range(x.shape[2])]
+            each.append(torch.stack(places).mean())
+        expected.append(torch.stack(each).mean())
+    assert torch.allclose(distance(a, b).double(), torch.stack(expected), rtol=1e-4)
+    assert distance(a, a).abs().max() == 0
+    a.requires_grad_()
+    distance(a, b).sum().backward()
+    assert a.grad.abs().max() > 0
+
+
+def test_a_missing_network_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="lpips_net=.*nothing.pt2: there is no such file"):
+        pretrained.training_lpips(runtime.Distributed("cpu", "float32"), str(tmp_path / "nothing.pt2"))
+
+
+@pytest.fixture
+def cell(tmp_path, monkeypatch):
+    """Runs a cell with a stand-in for every script: it checks the constants and writes the file. -> the commands."""
+    commands = []
+
+    def run(words, stdout, **_):
+        _, script, *arguments = map(str, words)
+        constants = runtime.configure(vars(SCRIPTS[script]).copy(), arguments)
+        for name in "tokenizer", "checkpoint", "samples":
+            assert name not in constants or not constants[name] or Path(constants[name]).exists(), shlex.join(words)
+        result = Path(RESULT[script].format(**constants))
+        result.parent.mkdir(parents=True, exist_ok=True)
+        result.write_text("{}")
+        (result.parent / "log.jsonl").write_text('{"step": 50, "loss": 1.0}\n')
+        commands.append((script, constants))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(study, "subprocess", SimpleNamespace(run=run, STDOUT=None))
+    for name in "out_dir", "results":
+        monkeypatch.setattr(study, name, str(tmp_path / name))
+    return commands
+
+
+@pytest.mark.parametrize("row", study.ROWS)
+def test_every_command_is_valid(cell, row):
+    """And a finished cell begins nothing: only the two trainings, which see for themselves that they are done."""
+    study.run_cell(row, 3)
+    assert [script for script, _ in cell] == ["train_tokenizer.py", "eval.py", "train_dit.py", "sample.py", "eval.py",
+                                              "sample.py", "eval.py"]
+    tokenizer, generator = cell[0][1], cell[2][1]
+    assert tokenizer["seed"] == generator["seed"] == 3
+    assert tokenizer["patch_size"] == int(row[1:].split("-")[0])
+    assert (tokenizer["stc_depth"] > 0) == ("stc" in row) and (tokenizer["ssl_method"] == "none") == ("none" in row)
+    cell.clear()
+    study.run_cell(row, 3)
+    assert {script for script, _ in cell} <= {"train_tokenizer.py", "train_dit.py"}
+
+
+def test_rows_differ_in_what_they_are_named_for_alone(cell):
+    """Same data, order, steps, generator, evaluation."""
+    runs = {}
+    for row in study.ROWS:
+        cell.clear()
+        study.run_cell(row, 0)
+        runs[row] = [constants for _, constants in cell]
+    for row, commands in runs.items():
+        for constants, reference in zip(commands, runs["p4"]):
+            different = {name for name in constants if constants[name] != reference[name]}
+            assert different <= {"patch_size", "stc_depth", "ssl_method", "global_crop_size", "out_dir", "out",
+                                 "tokenizer", "checkpoint", "samples"}, (row, different)
+
+
+@pytest.mark.parametrize("pairs, sign, expected", [
+    ([], "<", "not run"),
+    ([(1.0, 2.0)], "<", "holds (one seed)"),
+    ([(2.0, 1.0)], "<", "does not hold"),
+    ([(1.0, 2.0), (1.1, 2.1)], "<", "holds"),
+    ([(2.0, 1.0), (2.1, 1.1)], ">", "holds"),
+    ([(1.0, 2.0), (1.9, 2.1)], "<", "holds weakly (less than the seeds' spread)"),
+    ([(1.0, 2.0), (2.5, 2.1)], "<", "holds weakly (less than the seeds' spread)"),
+    ([(2.0, 1.0), (1.0, 1.5)], "<", "does not hold"),
+])
+def test_verdicts(pairs, sign, expected):
+    assert study.verdict(pairs, sign) == expected
+
+
+def test_the_table_and_the_pictures(tmp_path, monkeypatch, capsys):
+    """From files as eval.py writes them; what was not run is a dash."""
+    figures = importlib.import_module("figures")
+    for row, gfd in ("p4-none", 9.0), ("p4-stc-none", 7.0), ("p4", 8.0):
+        kept = tmp_path / f"{row}-seed0"
+        kept.mkdir()
+        (kept / "tokenizer.json").write_text(json.dumps({"PSNR": 23.5, "rFD (cifar10_resnet.pt2)": 1.25}))
+        (kept / "samples.json").write_text(json.dumps({"gFD (cifar10_resnet.pt2)": gfd}))
+    monkeypatch.setattr(study, "results", str(tmp_path))
+    study.print_results(["p4-none", "p4-stc"])
+    out = capsys.readouterr().out
+    assert "| p4-none | 23.50 / – | – / – | 1.25 / – |" in out and "| p4-stc | – / – |" in out
+    assert "32.92 < 44.72 | 7.00 and 9.00 | holds (one seed) |" in out
+    run_here(figures, only="flow,study", out_dir=tmp_path)
+    for name in "flow.png", "study.png":
+        assert np.asarray(Image.open(tmp_path / name)).std() > 1
