@@ -1,4 +1,5 @@
 """README.md: what it says of the code is true."""
+import importlib
 import importlib.util
 import re
 import shlex
@@ -30,6 +31,34 @@ def test_every_command_s_constants_exist(words, monkeypatch):
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     runtime.configure(vars(script), words[1:])
+
+
+SHORTER = {  # for a smoke test: constants alone
+    "train_tokenizer.py": dict(shapes_images=64, epochs=1, workers=0, warmup_epochs=0.5, val_images=20, stats_images=32,
+                               dtype="float32"),
+    "train_dit.py": dict(size="32/1/2", epochs=1, decay_epoch=1, batch_size=32, workers=0, sample_steps=2,
+                         dtype="float32"),
+    "sample.py": dict(steps=2, per_class=1, dtype="float32"),
+    "eval.py": dict(val_images=40, probe_images=40, probe_steps=2, workers=0, dtype="float32"),
+}
+
+
+def test_the_stages_one_by_one_run_as_written(tmp_path, monkeypatch):
+    """The four laptop commands, in an empty folder beside config/, each with less to do."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config").symlink_to(ROOT / "config")
+    block = next(block for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "--pca=True" in block)
+    commands = [shlex.split(line)[1:] for line in block.splitlines()]
+    assert [script for script, *_ in commands] == list(SHORTER)
+    for script, *words in commands:
+        module = sys.modules.get(script[:-3]) or importlib.import_module(script[:-3])
+        before = dict(vars(module))
+        monkeypatch.setattr(sys, "argv", [script, *words, *(f"--{name}={x}" for name, x in SHORTER[script].items())])
+        module.main()
+        vars(module).update(before)
+    for path in ("shapes_tokenizer/checkpoint.pt", "shapes_tokenizer/reconstructions.png", "shapes_dit/samples.png",
+                 "samples/samples.png", "shapes_tokenizer/eval.json"):
+        assert (tmp_path / "out" / path).stat().st_size > 0
 
 
 def test_every_equation_is_where_the_table_says():
