@@ -178,11 +178,7 @@ def augment_differentiably(images):
 
 def check_constants(dist):
     """Checks across constants. Each message names the constant and says what to do."""
-    for name in "epochs", "batch_size", "log_every", "save_every", "eval_every":
-        check(globals()[name] > 0, f"{name}={globals()[name]} must be at least 1")
-    check(batch_size % dist.count == 0, f"batch_size={batch_size} must be a multiple of {dist.count} (processes)")
-    check(warmup_epochs <= epochs, f"warmup_epochs={warmup_epochs} is more than epochs={epochs}")
-    check(len(betas) == 2 and max(betas) < 1, f"betas={betas} must be two numbers, each at least 0 and below 1")
+    runtime.check_training(globals(), dist, positive=("eval_every",))
     check(decoder_ema < 1, f"decoder_ema={decoder_ema} must be below 1")
     check(discriminator_start <= adversarial_start,
           f"discriminator_start={discriminator_start} must not be later than adversarial_start={adversarial_start}")
@@ -215,9 +211,7 @@ def load_dino(dino, dist):
 
 def main():
     constants = runtime.configure(globals())
-    path, saved = runtime.open_run(out_dir, resume, "tokenizer")
-    if saved:
-        runtime.check_resumable(saved["constants"], constants, FREE)
+    path, saved = runtime.open_run(constants, "tokenizer", FREE)  # saved: the checkpoint to resume from, or None
     dist = runtime.Distributed(device, saved["dtype"] if saved else dtype, seed)
     if saved and saved["finished"]:
         dist.print(f"{path} is finished: step {saved['step']}")
@@ -270,8 +264,8 @@ def main():
     def save(step, finished=False):
         if dist.first:
             runtime.save_checkpoint(path, {
-                "kind": "tokenizer", "constants": constants, "dtype": str(dist.dtype).removeprefix("torch."),
-                "revision": runtime.git_revision(), "step": step, "finished": finished, "images": len(train),
+                **runtime.header("tokenizer", constants, dist), "step": step, "finished": finished,
+                "images": len(train),
                 "tokenizer": averaged.state_dict(), "decoder": decoder.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 **({"discriminator": discriminator.heads.state_dict(),

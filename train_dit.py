@@ -66,16 +66,10 @@ FREE = {"out_dir", "resume", "device", "workers", "compile", "accumulate", "log_
 
 def check_constants(dist):
     """Checks across constants. Each message names the constant."""
-    for name in "epochs", "batch_size", "accumulate", "log_every", "save_every", "sample_every", "sample_steps", \
-            "shift_base":
-        check(globals()[name] > 0, f"{name}={globals()[name]} must be at least 1")
+    runtime.check_training(globals(), dist, positive=("accumulate", "sample_every", "sample_steps", "shift_base"))
     for name in "label_dropout", "ema_momentum":
         check(globals()[name] <= 1, f"{name}={globals()[name]} must be between 0 and 1")
-    check(len(betas) == 2 and max(betas) < 1, f"betas={betas} must be two numbers, each at least 0 and below 1")
-    check(decay_epoch <= epochs, f"decay_epoch={decay_epoch} must not be later than epochs={epochs}")
     check(optimizer in optim.OPTIMIZERS, f"optimizer={optimizer!r}: it is {' or '.join(optim.OPTIMIZERS)}")
-    shares = dist.count * accumulate
-    check(batch_size % shares == 0, f"batch_size={batch_size} must be a multiple of {shares} (processes × accumulate)")
     try:
         with torch.device("meta"):
             LightningDiT(size, 1, 1, 1)
@@ -160,9 +154,7 @@ def draw_samples(ema, tcae, shape, class_names, path, dist):
 
 def main():
     constants = runtime.configure(globals())
-    path, resumed = runtime.open_run(out_dir, resume, "dit")
-    if resumed:
-        runtime.check_resumable(resumed["constants"], constants, FREE)
+    path, resumed = runtime.open_run(constants, "dit", FREE)  # resumed: the checkpoint to go on from, or None
     dist = runtime.Distributed(device, resumed["dtype"] if resumed else dtype, seed)
     if resumed and resumed["finished"]:
         dist.print(f"{path} is finished: step {resumed['step']}")
@@ -269,8 +261,7 @@ def main():
             loader.report_bad_files()
         if saving and dist.first:
             runtime.save_checkpoint(path, {
-                "kind": "dit", "constants": constants, "dtype": str(dist.dtype).removeprefix("torch."),
-                "revision": runtime.git_revision(), "step": done, "finished": last, "images": len(images),
+                **runtime.header("dit", constants, dist), "step": done, "finished": last, "images": len(images),
                 "classes": images.classes, "latents_of": latents_of, "latent_shape": shape,
                 "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
         if stopping and not last:

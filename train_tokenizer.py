@@ -89,19 +89,16 @@ def check_constants(dist):
     """Checks across constants. Each message names the constant and says what to do."""
     check(ssl_method in (*ssl.METHODS, "none"), f"ssl_method={ssl_method!r}: it is {', '.join(ssl.METHODS)} or none")
     check(optimizer in optim.OPTIMIZERS, f"optimizer={optimizer!r}: it is {' or '.join(optim.OPTIMIZERS)}")
-    for name in "epochs", "batch_size", "accumulate", "log_every", "save_every", "eval_every", "image_size", \
-            "patch_size", "downsample", "latent_channels", "prototypes", "head_hidden", "global_crop_size", \
-            "local_crop_size", "stats_images", "shapes_images":
-        check(globals()[name] > 0, f"{name}={globals()[name]} must be at least 1")
-    shares = dist.count * accumulate
-    check(batch_size % shares == 0, f"batch_size={batch_size} must be a multiple of {shares} (processes × accumulate)")
-    check(ssl_method != "dinov2" or batch_size > shares,
-          f"batch_size={batch_size} must be at least {2 * shares}: KoLeo compares a micro-batch's images")
-    for name in ("warmup_epochs",) + (("freeze_prototypes_epochs",) if ssl_method != "none" else ()):
-        check(globals()[name] <= epochs, f"{name}={globals()[name]} is more than epochs={epochs}")
+    runtime.check_training(globals(), dist, positive=(
+        "accumulate", "eval_every", "image_size", "patch_size", "downsample", "latent_channels", "prototypes",
+        "head_hidden", "global_crop_size", "local_crop_size", "stats_images", "shapes_images"))
+    micro_batches = dist.count * accumulate
+    check(ssl_method != "dinov2" or batch_size > micro_batches,
+          f"batch_size={batch_size} must be at least {2 * micro_batches}: KoLeo compares a micro-batch's images")
+    check(ssl_method == "none" or freeze_prototypes_epochs <= epochs,
+          f"freeze_prototypes_epochs={freeze_prototypes_epochs} is more than epochs={epochs}")
     check(teacher_momentum <= 1, f"teacher_momentum={teacher_momentum} must be between 0 and 1")
     check(len(teacher_temp) == 2 and min(teacher_temp) > 0, f"teacher_temp={teacher_temp} must be two numbers above 0")
-    check(len(betas) == 2 and max(betas) < 1, f"betas={betas} must be two numbers, each at least 0 and below 1")
     for name in ("global_crop_scale", "local_crop_scale"):
         pair = globals()[name]
         check(len(pair) == 2 and 0 < pair[0] <= pair[1] <= 1, f"{name}={pair} must be two shares, 0 < low <= high <= 1")
@@ -151,9 +148,7 @@ def measure_latents(tcae, source, dist):
 
 def main():
     constants = runtime.configure(globals())
-    path, saved = runtime.open_run(out_dir, resume, "tokenizer")
-    if saved:
-        runtime.check_resumable(saved["constants"], constants, FREE)
+    path, saved = runtime.open_run(constants, "tokenizer", FREE)  # saved: the checkpoint to resume from, or None
     dist = runtime.Distributed(device, saved["dtype"] if saved else dtype, seed)
     if saved and saved["finished"]:
         dist.print(f"{path} is finished: step {saved['step']}")
@@ -213,8 +208,8 @@ def main():
     def save(step, finished=False):
         if dist.first:
             runtime.save_checkpoint(path, {
-                "kind": "tokenizer", "constants": constants, "dtype": str(dist.dtype).removeprefix("torch."),
-                "revision": runtime.git_revision(), "step": step, "finished": finished, "images": len(train),
+                **runtime.header("tokenizer", constants, dist), "step": step, "finished": finished,
+                "images": len(train),
                 "tokenizer": tcae.state_dict(), "optimizer": optimizer.state_dict(),
                 **({"heads": heads.state_dict(), "teacher": teacher.state_dict(), "centers": ibot.centers}
                    if heads else {})})
