@@ -27,8 +27,9 @@ from torchvision.models import vgg16
 import finetune_decoder
 import runtime
 import train_tokenizer
-from finetune_decoder import DINO, DiscriminatorHead
+from finetune_decoder import DiscriminatorHead
 from model import IBOTHead, LightningDiT, TCAE
+from pretrained import DINO
 from runtime import check
 
 table = ""  # 1, 2, 3, 4, 6, 8, 9, 10, 11, figure3, figure4, figure8, or several: 2,6
