@@ -218,8 +218,9 @@ class Encoder(nn.Module):
     def forward(self, images, mask=None):
         """Images (B, 3, H, W), both sides multiples of `output_patch` -> [CLS] (B, D), image tokens (B, h w, D).
 
-        mask (B, h, w), for the student of iBOT: True = hide this *output* token. The mask token replaces all patches
-        under it (with staged compression 2 × 2), so each output token is either wholly hidden or wholly visible.
+        mask (B, h, w), for iBOT's student: True = hide this *output* token; ssl.MultiCrop draws it, in blocks. The mask
+        token replaces all patches under it (with staged compression 2 × 2), so that each output token is either wholly
+        hidden or wholly visible.
         """
         if images.shape[2] % self.output_patch or images.shape[3] % self.output_patch:
             raise ValueError(f"the sides of images {tuple(images.shape)} must be multiples of {self.output_patch} px")

@@ -151,7 +151,7 @@ class Distributed:
             torch.distributed.barrier()
 
     def close(self):
-        """All processes leave together: if one left while the first still draws or measures, it would look failed."""
+        """All processes exit together: one that exits while the first still draws or measures would seem to fail."""
         if self.count > 1:
             self.wait()
             torch.distributed.destroy_process_group()

@@ -109,7 +109,7 @@ class IBOTLoss:
 
 
 def entropy(p):
-    """Of distributions (…, K), in nats."""
+    """The entropy of distributions (…, K), in nats."""
     return -(p * p.clamp(min=1e-12).log()).sum(-1)
 
 
@@ -168,7 +168,9 @@ def block_mask(height, width, ratio, rng):
 
 class MultiCrop:
     """An image, uint8 (H, W, 3), and an rng -> {"global_crops": uint8 (2, g, g, 3), "local_crops": uint8 (L, l, l, 3),
-    "mask": bool (2, h, h)}. Masks are drawn on the encoder's *output* grid, h = g / output_patch."""
+    "mask": bool (2, h, h)}. Masks are drawn on the encoder's *output* grid, h = g / output_patch. Each crop is a random
+    part of the image, resized and flipped at random, then changed in colour (probability 0.8), grey (0.2), blurred and
+    solarized with the probabilities below."""
 
     def __init__(self, global_size, global_scale, local_size, local_scale, local_crops, output_patch, masks=True):
         self.global_size, self.global_scale = global_size, global_scale
@@ -180,7 +182,7 @@ class MultiCrop:
                                         [(global_size, global_scale), (local_size, local_scale)]))
 
     def __call__(self, pixels, rng):
-        def crop(size, scale, blur, solarize):  # the last two are probabilities; jitter and grey are the same for all
+        def crop(size, scale, blur, solarize):
             return augment(random_resized_crop(pixels, size, scale, rng), rng, blur, solarize, self.blur_scale)
 
         def mask():  # half of the time it hides nothing, else 10 to 50 % of the tokens

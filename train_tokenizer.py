@@ -115,12 +115,12 @@ def check_constants(dist):
 
 
 class Views:
-    """What a step sees of each image, made in the loading workers: the plain crop to reconstruct, "images", and with
-    self-supervision (multi_crop: an ssl.MultiCrop or None) two global crops, their masks, and L local crops."""
+    """What a step sees of each image: the plain crop to reconstruct and, unless multi_crop is None, ssl.MultiCrop's two
+    global crops with their masks and L local crops. Runs in the loading workers."""
 
     def __init__(self, multi_crop):
         self.image_size, self.multi_crop = image_size, multi_crop
-        self.short_side = max(image_size, multi_crop.short_side if multi_crop else 0)  # pixels a JPEG must keep
+        self.short_side = max(image_size, multi_crop.short_side if multi_crop else 0)  # of a JPEG, pixels to decode
 
     def __call__(self, image, rng):
         """One image -> its views, {"images": uint8 (H, W, 3), "global_crops": uint8 (2, g, g, 3), …}."""
@@ -218,9 +218,9 @@ def main():
     wrapped = dist.distribute(model)
     runtime.make_folder(out_dir)
     picture = os.path.join(out_dir, "reconstructions.png")
-    views = Views(multi_crop)
-    loader = data.TrainLoader(train, views, batch_size, start, steps, seed, dist, collate=views.collate,
-                              short_side=views.short_side, micro_batches=accumulate, workers=workers)
+    transform = Views(multi_crop)
+    loader = data.TrainLoader(train, transform, batch_size, start, steps, seed, dist, collate=transform.collate,
+                              short_side=transform.short_side, micro_batches=accumulate, workers=workers)
     progress = runtime.Progress(out_dir, start, steps, batch_size, dist)
 
     done, stopping = start, False
@@ -231,17 +231,18 @@ def main():
 
         step_terms = {}
         for micro_batch in range(accumulate):
-            # From Views, above: images (B, 3, H, W) to reconstruct; with SSL also global_crops (2 B, 3, g, g), crop by
-            # crop, their mask (2 B, h, h) on the output grid, masked_index and mask_weight (P,) of the P masked tokens,
-            # and local_crops (L B, 3, l, l).
+            # images (B, 3, H, W): the plain crops to reconstruct. With self-supervision also ssl.MultiCrop's crops and
+            # masks, collated by ssl.collate_crops: global_crops (2 B, 3, g, g), the first one of every image, then the
+            # second ones; their mask (2 B, h, h) on the encoder's output grid; masked_index and mask_weight (P,) of
+            # the P masked tokens; local_crops (L B, 3, l, l).
             views = {name: data.to_float(x, dist.device) if x.dtype == torch.uint8 else
                      x.to(dist.device, non_blocking=True) for name, x in next(loader).items()}
             images = views["images"]
             if dist.count > 1:  # processes exchange their gradients once a step
                 wrapped.require_backward_grad_sync = micro_batch == accumulate - 1
 
-            # model is a JointTokenizer, and wrapped is model or its DistributedDataParallel: one call reconstructs the
-            # images with decode(encode(images)) and shows the student the masked global crops and the local ones.
+            # One call, for DDP's sake: tcae reconstructs the images, decode(encode(images)), and its encoder, now the
+            # student, sees the masked global crops and the local ones.
             with dist.autocast():
                 reconstruction, student_out = wrapped(images, views)
 
