@@ -195,12 +195,12 @@ class TrainLoader:
 
     def __next__(self):
         began = time.perf_counter()
-        views, bad = next(self.batches)
+        batch, bad = next(self.batches)
         self.seconds += time.perf_counter() - began
         self.bad += bad
-        if views is None:
+        if batch is None:
             fail(f"{self.source.constant}: 100 images in a row can't be decoded, such as {bad[0]}", everywhere=False)
-        return views
+        return batch
 
     def waited(self):
         """Seconds spent waiting for data since the last call."""

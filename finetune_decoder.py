@@ -53,7 +53,7 @@ decoder_ema = 0.9978  # momentum of the averaged decoder, which is the one to ke
 
 # The run
 out_dir = "out/finetuned"
-resume = False  # True: go on from out_dir/checkpoint.pt if there is one
+resume = False  # True: continue from out_dir/checkpoint.pt if there is one
 seed = 0  # random seed
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
@@ -119,7 +119,7 @@ def augment_differentiably(images):
     saturation and contrast. Real images and reconstructions both pass through it, so that the discriminator can't
     memorise the real ones. The shift comes first, as in RAE: what it uncovers is grey when the colours change."""
     B, _, height, width = images.shape
-    down, right = ((torch.rand(2, B, 1, 1, device=images.device) * 2 - 1) / 8)  # in sides of the image
+    down, right = ((torch.rand(2, B, 1, 1, device=images.device) * 2 - 1) / 8)  # as fractions of the sides
     rows = torch.arange(height, device=images.device)[:, None] - (down * height).round().long()  # (B, H, 1)
     columns = torch.arange(width, device=images.device) - (right * width).round().long()  # (B, 1, W)
     inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)  # (B, H, W)

@@ -60,8 +60,8 @@ class Attention(nn.Module):
 
 
 def dot_product_attention(q, k, v):
-    """softmax(q kᵀ / √d) v for q, k, v (B, heads, N, d), by PyTorch's fused kernel; only not when training in bfloat16
-    on a CPU, where that kernel's backward pass is up to ten times slower than two plain matrix products."""
+    """softmax(q kᵀ / √d) v for q, k, v (B, heads, N, d), by PyTorch's fused kernel, except when training in bfloat16 on
+    a CPU: there its backward pass is up to ten times slower than plain matrix products."""
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.requires_grad:
         return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)

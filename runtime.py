@@ -243,7 +243,7 @@ def latents_of(saved):
 
 
 def header(kind, constants, dist):
-    """How a checkpoint of either kind begins."""
+    """The first entries of every checkpoint. kind: "tokenizer" or "dit"."""
     return {"kind": kind, "constants": constants, "dtype": str(dist.dtype).removeprefix("torch."),
             "revision": git_revision()}
 

@@ -49,7 +49,7 @@ ema_momentum = 0.9995  # of the averaged weights, which sample.py uses
 
 # The run
 out_dir = "out/dit"
-resume = False  # True: go on from out_dir/checkpoint.pt if there is one
+resume = False  # True: continue from out_dir/checkpoint.pt if there is one
 seed = 0  # random seed
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster

@@ -2,7 +2,7 @@
 
     python train_tokenizer.py config/shapes_tokenizer.py                      # a laptop, minutes, no data needed
     torchrun --nproc_per_node=8 train_tokenizer.py --patch_size=8             # the paper's run, ImageNet in imagenet/
-    python train_tokenizer.py --out_dir=out/x --resume=True                   # goes on where it stopped
+    python train_tokenizer.py --out_dir=out/x --resume=True                   # continues a stopped run
 
 L = α L_rec + L_iBOT (Eq. 5), L_rec = L1 + λ_p LPIPS (Eq. 6; its adversarial term comes in finetune_decoder.py). The
 defaults are Table 7's left column. Writes out_dir/checkpoint.pt, log.jsonl and reconstructions.png.
@@ -71,7 +71,7 @@ grad_clip = 3.0  # largest norm of the whole gradient (iBOT clips each tensor's 
 
 # The run
 out_dir = "out/tokenizer"
-resume = False  # True: go on from out_dir/checkpoint.pt if there is one
+resume = False  # True: continue from out_dir/checkpoint.pt if there is one
 seed = 0  # random seed
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
@@ -124,8 +124,9 @@ class Views:
 
     def __call__(self, image, rng):
         """One image -> its views, {"images": uint8 (H, W, 3), "global_crops": uint8 (2, g, g, 3), …}."""
-        views = {"images": data.random_crop(image, rng, self.image_size)}
-        return {**views, **self.multi_crop(np.array(image), rng)} if self.multi_crop else views
+        pixels = np.array(image)
+        views = {"images": data.random_crop(pixels, rng, self.image_size)}
+        return {**views, **self.multi_crop(pixels, rng)} if self.multi_crop else views
 
     def collate(self, examples):
         """The views of B images -> a micro-batch, {"images": (B, H, W, 3), "global_crops": (2 B, g, g, 3), …}."""
