@@ -7,8 +7,7 @@ tokens    what the method is about: p = 16, p = 8, and p = 8 with staged compres
 data      our views of JPEG files, on one core, beside the same recipe in torchvision's transforms
 run       train_tokenizer.py from its start, beside `import torch` alone, and how long it waits for data
 
-A training step is timed where it is: the script runs, and its log.jsonl says how long each step took and how much of
-that was waiting for data, which only `run` counts. No downloads: LPIPS is left out, the discriminator is random.
+A script's log.jsonl times its steps, without waiting for data. No downloads: no LPIPS, and a random discriminator.
 """
 import json
 import runpy
@@ -164,7 +163,8 @@ def data_table(dist, _):
             for k in range(8):  # noise just so coarse that the files are as large as photographs'
                 noise = Image.fromarray(rng.integers(0, 256, (height // 4, width // 4, 3), np.uint8))
                 noise.resize((width, height), Image.BICUBIC).save(f"{folder}/class/{k}.jpg", quality=90)
-            batches = data.TrainBatches(data.ImageFolder(folder), ours, seed=0)  # other crops in every "epoch"
+            # The time is the epoch, so that every call takes other crops.
+            batches = data.TrainBatches(data.ImageFolder(folder), ours, 0, ours.collate, ours.short_side)
             times = medians(lambda: seconds(lambda: batches[[(time.time_ns(), i) for i in range(8)]], dist) / 8,
                             lambda: seconds(lambda: [theirs(batches.source.load(i)) for i in range(8)], dist) / 8)
         yield f"{width} × {height} px", *(f"{each * 1e3:.1f}" for each in times), f"{times[1] / times[0]:.2f}"
