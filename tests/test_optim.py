@@ -1,4 +1,5 @@
 """AdamW as PyTorch has it, and Muon against its formula: who is trained by which, at what rate."""
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -38,22 +39,22 @@ def polar(matrix, steps=5):
     return u * s @ vt
 
 
-@pytest.mark.parametrize("shape", [(9, 8), (24, 8), (8, 20)])
+@pytest.mark.parametrize("shape", [(9, 8), (24, 8), (8, 20), (8, 4, 3, 3)])
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 def test_muon_s_step(shape, dtype, error):
-    """Three steps of different rates against the formula in float64."""
-    rng = np.random.default_rng(0)
+    """Three steps of different rates against the formula in float64; a kernel counts as a matrix of its output rows."""
+    rng, shape_4d, shape = np.random.default_rng(0), shape, (shape[0], math.prod(shape[1:]))
     w, mean = rng.standard_normal(shape), np.zeros(shape)
-    p = torch.nn.Parameter(torch.tensor(w, dtype=torch.float32))
+    p = torch.nn.Parameter(torch.tensor(w, dtype=torch.float32).view(shape_4d))
     muon, start = optim.Muon([p], dtype, momentum=0.9, weight_decay=0.5), w
     for rate in 0.02, 0.01, 0.03:
         gradient = rng.standard_normal(shape)
-        p.grad = torch.tensor(gradient, dtype=torch.float32)
+        p.grad = torch.tensor(gradient, dtype=torch.float32).view(shape_4d)
         muon.param_groups[0]["lr"] = rate
         muon.step()
         mean = 0.9 * mean + 0.1 * gradient
         w = w - rate * (0.5 * w + 0.2 * max(shape) ** 0.5 * polar(0.1 * gradient + 0.9 * mean))
-    assert np.abs(p.detach().numpy() - w).max() < error * np.abs(w - start).max()
+    assert np.abs(p.detach().numpy().reshape(shape) - w).max() < error * np.abs(w - start).max()
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])
@@ -108,7 +109,7 @@ def taken_by(optimizer, part):
 
 @pytest.mark.parametrize("compression", ["conv", "shuffle"])
 def test_muon_takes_the_matrices_inside_blocks_and_mlps(compression):
-    """Not those at the ends (patch embedding, the decoder's head, prototypes), and no convolution."""
+    """And staged compression's convolutions, but not those at the ends: patch embedding, decoder's head, prototypes."""
     model = joint_tokenizer(compression=compression)
     optimizer = optim.Optimizer(model, {**PAPER, "optimizer": "muon"}, ALONE, undecayed)
     inside = {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}
@@ -117,7 +118,9 @@ def test_muon_takes_the_matrices_inside_blocks_and_mlps(compression):
     expected |= {f"tcae.{net}.mlp.{layer}.weight" for net in ("bottleneck", "decoder.unbottleneck")
                  for layer in ("fc1", "fc2")}
     expected |= {f"heads.cls.mlp.{k}.weight" for k in (0, 2, 4)}
-    if compression == "shuffle":
+    if compression == "conv":
+        expected |= {f"tcae.{net}.{k}.weight" for net in ("encoder.compress", "decoder.expand") for k in (0, 2)}
+    else:
         expected |= {f"tcae.{net}.fc{k}.weight" for net in ("encoder.compress.1", "decoder.expand.0") for k in (1, 2)}
     muon, adamw = taken_by(optimizer, "muon"), taken_by(optimizer, "adamw")
     assert {name for name, p in model.named_parameters() if id(p) in muon} == expected
