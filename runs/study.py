@@ -32,6 +32,7 @@ dit_config = "config/study_dit.py"
 feature_net = "out/cifar10_resnet.pt2"  # what FD and IS are measured with
 samples = 5000  # of each generator, without and with guidance
 cfg_scale = 2.0  # guidance
+dtype = "bfloat16"  # of every run, so that no row differs in it; float32 where that is faster
 jobs = 2  # cells at a time, of one thread each
 out_dir = "out/study"
 results = "docs/study"
@@ -73,7 +74,7 @@ def run_cell(row, seed):
     def run(result, script, *config, **constants):
         if result.suffix == ".json" and result.exists():
             return
-        command = [sys.executable, script, *config, *(f"--{name}={value}" for name, value in constants.items())]
+        command = [sys.executable, script, *config, f"--dtype={dtype}", *(f"--{name}={value}" for name, value in constants.items())]
         print(f"{time.strftime('%H:%M:%S')} {row} seed {seed}: {script}", flush=True)
         with open(folder / f"{Path(script).stem}.txt", "a") as terminal:
             code = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=terminal,
