@@ -190,19 +190,22 @@ def expansion_layer(width, kind):
     return nn.Sequential(MapMLP(width, width, 4 * width), nn.PixelShuffle(2))
 
 
+def output_patch(patch_size, stc_depth):
+    """Side, in pixels, of the square that an output token stands for: p, or 2 p with staged compression."""
+    return patch_size * (2 if stc_depth else 1)
+
+
 class Encoder(nn.Module):
     """Images -> [CLS] token and image tokens.
 
     Patch embedding makes N = H W / p² tokens (Eq. 1). Staged token compression (Sec. 3.3): M = stc_depth blocks run on
-    all N of them, the compression layer merges 2 × 2 into one, and the other blocks run on N / 4. `output_patch` is the
-    side, in pixels, of the square that an output token stands for: p, or 2 p with staged compression.
-    """
+    all N of them, the compression layer merges 2 × 2 into one, and the other blocks run on N / 4."""
 
     def __init__(self, image_size, patch_size, size, stc_depth, compression):
         super().__init__()
         width, depth, heads = parse_size("encoder", size)
         self.patch_size, self.width = patch_size, width
-        self.output_patch = patch_size * (2 if stc_depth else 1)
+        self.output_patch = output_patch(patch_size, stc_depth)
         self.reference = image_size // patch_size  # side of the grid that positions refer to
         self.patch_embed = nn.Linear(3 * patch_size**2, width)
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
@@ -329,7 +332,7 @@ class TCAE(nn.Module):
             raise ValueError(f"stc_depth={stc_depth}: the encoder has only {encoder_depth} blocks")
         if compression not in ("conv", "shuffle"):
             raise ValueError(f"compression={compression!r}: it is 'conv' or 'shuffle'")
-        token_patch = patch_size * (2 if stc_depth else 1)
+        token_patch = output_patch(patch_size, stc_depth)
         if image_size % token_patch or image_size % downsample:
             raise ValueError(f"image_size={image_size} must be a multiple of patch_size={patch_size}"
                              f"{' × 2 (staged compression)' if stc_depth else ''} and of downsample={downsample}")
@@ -409,9 +412,9 @@ class SSLOutput(NamedTuple):
 
 
 def ssl_output(encoder, heads, views, student):
-    """The crops in `views` (see Views in train_tokenizer.py) -> SSLOutput. The teacher sees the global crops whole; the
-    student (True) sees them masked, and the local crops. heads: {"cls": IBOTHead, "patch": the same one, or DINOv2's}.
-    """
+    """The crops in `views`, as ssl.collate_crops makes them (global_crops, mask, masked_index (P,), local_crops) ->
+    SSLOutput. The teacher sees the global crops whole; the student (True) sees them masked, and the local crops.
+    heads: {"cls": IBOTHead, "patch": the same one, or DINOv2's}."""
     cls, tokens = encoder(views["global_crops"], views["mask"] if student else None)  # (2 B, D), (2 B, h², D)
     masked = tokens.flatten(0, 1)[views["masked_index"]]  # (P, D); K logits of every token would fill the memory
     cls_logits, patch_logits = heads["cls"](cls), heads["patch"](masked)
@@ -549,8 +552,8 @@ class LightningDiT(nn.Module):
 
 
 def shift_time(t, latent_shape, shift_base=4096):
-    """t' = s t / (1 + (s - 1) t), s = √(c h w / shift_base), at least 1 (RAE). Larger latents need more noise before
-    their content is lost, so this shifts t (a tensor in [0, 1]) towards 1. latent_shape: (c, h, w)."""
+    """t' = s t / (1 + (s - 1) t), s = √(c h w / shift_base), at least 1: our choice, RAE refuses less. Larger latents need
+    more noise before their content is lost, so this shifts t (in [0, 1]) towards 1. latent_shape: (c, h, w)."""
     c, h, w = latent_shape
     s = max(1.0, c * h * w / shift_base) ** 0.5
     return s * t / (1 + (s - 1) * t)

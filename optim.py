@@ -1,4 +1,4 @@
-"""The optimizers: AdamW, the paper's, or Muon for the matrices, which took a quarter of the steps in our runs.
+"""The optimizers: AdamW, the paper's, or Muon for the matrices, which took far fewer steps in our runs.
 
     Optimizer            both behind one step(), as the constant `optimizer` says
     Muon, orthogonal     Muon's update

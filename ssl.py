@@ -14,13 +14,14 @@ Nothing here has parameters; the heads are in model.py. This file shadows Python
 module's code in its own namespace, and it imports numpy, Pillow and torch only when they are used. Whoever imports ssl
 here, urllib and pip among them, still gets the TLS module, even where those packages are not installed.
 """
+# First, this file is also Python's ssl (the docstring's last paragraph). The method begins at "The loss (Eq. 4)".
 import importlib
 import math
 import sysconfig
 from importlib.machinery import PathFinder
 
 _doc = __doc__
-exec(PathFinder.find_spec("ssl", [sysconfig.get_path("stdlib")]).loader.get_code("ssl"))  # see the last paragraph above
+exec(PathFinder.find_spec("ssl", [sysconfig.get_path("stdlib")]).loader.get_code("ssl"))
 __doc__ = _doc
 
 
@@ -85,7 +86,7 @@ class IBOTLoss:
 
     def mim_loss(self, student, teacher, mask_weight, teacher_temp):
         """L_MIM: the same view, v = q, at the student's masked tokens. student, teacher: their logits (P, K);
-        mask_weight (P,) sums to 1 / (2 B) over each crop that has a mask: the mean over its tokens, then over crops."""
+        mask_weight (P,) makes it the mean over a crop's masked tokens, then over all 2 B crops; 0 for one without."""
         target = self.target("patch", teacher, teacher_temp)  # (P, K)
         log_student = (student.float() / self.student_temp).log_softmax(-1)
         return -(mask_weight * (target * log_student).sum(-1)).sum()

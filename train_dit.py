@@ -233,10 +233,11 @@ def main():
             dropped = torch.tensor([rng.random() < label_dropout for rng in rngs])
             labels = torch.where(dropped, classes, batch["label"])
 
-            # The latents z of the images or their mirror images, normalised per channel by TCAE.encode.
+            # The latents z of the images or their mirror images, normalised per channel by TCAE.encode. (Without a
+            # cache, x is still pixels.)
             pair, mirrored, t, noise, labels = map(dist.to_device, (batch["pair"], mirrored, t, noise, labels))
-            z = torch.where(mirrored[:, None, None, None], pair[:, 1], pair[:, 0])
-            z = (z if store else encode(tcae, z, dist)).float()
+            x = torch.where(mirrored[:, None, None, None], pair[:, 1], pair[:, 0])
+            z = (x if store else encode(tcae, x, dist)).float()
 
             # Flow matching (Sec. 4.1): at z_t = (1 - t) z + t noise the model predicts the velocity noise - z, by mean
             # squared error. The larger the latent, the further t is shifted towards noise.

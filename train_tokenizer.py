@@ -20,7 +20,7 @@ import optim
 import pretrained
 import runtime
 import ssl  # ours: see its docstring
-from model import IBOTHead, JointTokenizer, TCAE, compile_blocks, ssl_output
+from model import IBOTHead, JointTokenizer, TCAE, compile_blocks, output_patch, ssl_output
 from runtime import check
 
 # Data
@@ -105,7 +105,7 @@ def check_constants(dist):
         pair = globals()[name]
         check(len(pair) == 2 and 0 < pair[0] <= pair[1] <= 1, f"{name}={pair} must be two shares, 0 < low <= high <= 1")
     if ssl_method != "none":
-        unit = patch_size * (2 if stc_depth else 1)
+        unit = output_patch(patch_size, stc_depth)
         for name in ("global_crop_size", "local_crop_size"):
             size = globals()[name]
             check(size % unit == 0, f"{name}={size} must be a multiple of {unit} pixels (patch_size={patch_size}"
@@ -258,7 +258,7 @@ def main():
 
             # Eq. 4: L_iBOT = L_[CLS] + L_MIM: the student predicts the teacher's distributions over the prototypes, of
             # [CLS] in each global crop from every other crop, and of the tokens where it is masked and the teacher is
-            # not. Gradients reach the encoder and the heads only.
+            # not (L_MIM is 0 for DINO, which masks nothing). Gradients reach the encoder and the heads only.
             if heads:
                 with torch.no_grad(), dist.autocast():
                     teacher_out = ssl_output(teacher["encoder"], teacher["heads"], views, student=False)
