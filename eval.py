@@ -12,6 +12,7 @@ Prints a table and writes it to eval.json, beside the checkpoint or the samples.
 """
 import json
 import logging
+import math
 import os
 import signal
 import struct
@@ -27,11 +28,11 @@ from PIL import Image
 import data
 import pretrained
 import runtime
-from model import TCAE
+from latents import Foreign, open_tokenizer
 from runtime import check
 
 # What is measured: either a tokenizer on images …
-tokenizer = ""  # stage 1's checkpoint
+tokenizer = ""  # stage 1's checkpoint, or a file.py with another tokenizer
 data_dir = ""  # as in stage 1; "" = the tokenizer's own
 val_images = 0  # how many validation images; 0 = all
 probe_images = 0  # how many training images the probes are fitted on; 0 = all
@@ -49,7 +50,7 @@ probe_steps = 200  # L-BFGS steps of the probes' multinomial logistic regression
 probe_decay = 1e-4  # its L2 penalty
 batch_size = 64  # images at a time, per process
 workers = 4  # loading processes per process; 0 = load in the process itself
-out = ""  # the file of results; "" = eval.json beside the checkpoint or the samples
+out = ""  # the file of results; "" = eval.json beside the checkpoint or the samples (give it for a file.py)
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # of the tokenizer's matrix products; the metrics themselves are always float32 or float64
 
@@ -325,7 +326,7 @@ class PooledFeatures:
 
     def __init__(self, source, tcae):
         self.classes, self.source_labels = len(source.classes), torch.tensor(source.labels)
-        self.width = tcae.encoder.width
+        self.width = 0 if isinstance(tcae, Foreign) else tcae.encoder.width
         self.tokens_and_cls = [torch.zeros(0, 2 * self.width)]  # a process may have no images
         self.latents, self.labels = [torch.zeros(0, len(tcae.latent_mean))], [self.source_labels[:0]]
 
@@ -344,8 +345,8 @@ def probes(train, val, dist):
     """Table 1's row, and the probe on [CLS] and tokens, for two PooledFeatures."""
     of_train, of_val, labels, val_labels = train.inputs(), val.inputs(), torch.cat(train.labels), torch.cat(val.labels)
     found = {f"probe on {name}": probe(of_train[name], labels, of_val[name], val_labels, train.classes, dist)
-             for name in of_train}
-    before, after = found["probe on tokens"], found["probe on latents"]
+             for name in of_train if of_train[name].shape[1]}  # another tokenizer than ours has latents only
+    before, after = found.get("probe on tokens"), found["probe on latents"]
     return {**found, "structure loss": 1 - after / before if before else None}
 
 
@@ -418,14 +419,12 @@ def metric_name(metric):
 @torch.no_grad()
 def evaluate_tokenizer(dist):
     """-> what was measured, in words; {metric: value, or None if weights are missing}."""
-    saved = runtime.load_checkpoint(tokenizer, "tokenizer", kind="tokenizer")
-    constants = saved["constants"]
-    where, size = data_dir or constants["data_dir"], constants["image_size"]
-    train, val = (data.open_split(where, split, size, constants["shapes_images"]) for split in ("train", "val"))
+    tcae = open_tokenizer(tokenizer, dist)
+    where, size = data_dir or tcae.data_dir, tcae.image_size
+    train, val = (data.open_split(where, split, size, tcae.shapes_images) for split in ("train", "val"))
     data.check_same_classes(train, val)
     check_size(size)
     check(not pca or size <= 64, f"pca=True: {tokenizer} is for images of {size} pixels; 64 are the most for PCA")
-    tcae = TCAE.from_checkpoint(saved).to(dist.device)
     pairs, of_train, of_val = PairMetrics(len(val), size, dist), PooledFeatures(train, tcae), PooledFeatures(val, tcae)
 
     def encode(pixels):
@@ -443,7 +442,7 @@ def evaluate_tokenizer(dist):
 
     count, results = pairs.results(dist)
     if pca:
-        values = constants["latent_channels"] * (size // constants["downsample"]) ** 2
+        values = math.prod(tcae.latent_shape)
         results[f"PSNR of PCA, {values} values"] = pca_psnr(train, val, values, size, dist)
     fitted = int(dist.sum(torch.tensor(float(sum(map(len, of_train.labels))))))
     about = f"{count} images of {where}, {size} px; probes fitted on {fitted} training images"
@@ -528,6 +527,7 @@ def main():
     for name in "tokenizer", "samples":
         given = constants[name]
         check(not given or os.path.exists(given), f"{name}={given}: there is no such file or folder")
+    check(out or not tokenizer.endswith(".py"), f"out is empty: the file of results for {tokenizer}")
     path = out or os.path.join(os.path.dirname((tokenizer or samples).rstrip("/")), "eval.json")
     check(os.access(os.path.dirname(path) or ".", os.W_OK) and not os.path.isdir(path), f"out={path} can't be written")
     dist = runtime.Distributed(device, dtype)

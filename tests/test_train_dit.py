@@ -552,7 +552,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights(base, trai
 
     train(resume=True, save_every=7)
     ours, theirs = tensors(checkpoint(tmp_path)), tensors(checkpoint(base / "run"))
-    assert ours.keys() == theirs.keys() and {name.split("/")[1] for name in ours} == {"model", "ema", "optimizer"}
+    assert ours.keys() == theirs.keys() and {name.split("/")[1] for name in ours} >= {"model", "ema", "optimizer"}
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     assert [line["step"] for line in log(tmp_path)] == list(range(1, 41))
 
@@ -852,7 +852,7 @@ def test_checkpoints_of_something_else_are_refused(base, train, draw, tmp_path):
     assert f"out_dir={base / 'tokenizer'}" in failure(train, out_dir=base / "tokenizer", resume=True)
     other = changed_tokenizer(base, tmp_path / "other.pt", "bottleneck.mlp.fc2.weight")
     message = failure(draw, tokenizer=other)
-    assert f"tokenizer={other}" in message and str(generator) in message
+    assert f"tokenizer={other}" in message and str(tokenizer) in message
 
 
 def test_the_base_of_the_time_shift_is_the_same_in_training_and_sampling(train, draw, tmp_path, monkeypatch):
