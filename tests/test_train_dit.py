@@ -557,6 +557,25 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights(base, trai
     assert [line["step"] for line in log(tmp_path)] == list(range(1, 41))
 
 
+def test_averaged_weights_of_earlier_steps_are_kept(train, draw, tmp_path, monkeypatch):
+    """Those that a checkpoint of that step has, and no optimizer; they can be sampled from."""
+    saved, save = {}, runtime.save_checkpoint
+
+    def spy(path, state):
+        saved[os.path.basename(path), state["step"]] = {name: x.clone() for name, x in state["ema"].items()}
+        save(path, state)
+
+    monkeypatch.setattr(runtime, "save_checkpoint", spy)
+    train(keep_every=15, save_every=30)
+    assert sorted(saved) == [("checkpoint.pt", 30), ("checkpoint.pt", 40), ("step-15.pt", 15), ("step-30.pt", 30)]
+    kept = runtime.load_checkpoint(tmp_path / "step-30.pt", "checkpoint", kind="dit")
+    assert "model" not in kept and "optimizer" not in kept
+    assert all(torch.equal(kept["ema"][name], weight) for name, weight in saved["checkpoint.pt", 30].items())
+    assert not torch.equal(saved["step-15.pt", 15]["head.weight"], kept["ema"]["head.weight"])
+    assert (draw(checkpoint=tmp_path / "step-15.pt") / "samples.png").exists()
+    assert "averaged weights only" in failure(draw, checkpoint=tmp_path / "step-15.pt", use_ema=False)
+
+
 def test_muon_trains_resumes_and_splits(base, tmp_path):
     """Stopped and resumed the same bit for bit; accumulated and in two processes the same run."""
     same, add = {**constants(base, tmp_path), **TEN, "optimizer": "muon"}, runtime.Progress.add
