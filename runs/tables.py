@@ -15,6 +15,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +30,7 @@ import runtime
 import train_tokenizer
 from finetune_decoder import DINO, DiscriminatorHead
 from model import IBOTHead, LightningDiT, TCAE
+from runs.baselines import dc_ae
 from runtime import check
 
 table = ""  # 1, 2, 3, 4, 6, 8, 9, 10, 11, figure3, figure4, figure6, figure8, or several: 2,6
@@ -280,11 +282,18 @@ def count(function):
     return sum(each.values()), sum(n for name, n in each.items() if "bmm" in str(name) or "attention" in str(name))
 
 
+def coding_cost(network, image):
+    """Operations to encode and to decode an image; those of attention's products in both."""
+    z = network.encode(image)
+    (encode, attention_1), (decode, attention_2) = count(lambda: network.encode(image)), count(lambda: network.decode(z))
+    return encode, decode, attention_1 + attention_2
+
+
 def joint_cost(constants):
     """-> parameters of encoder and decoder; operations for one image: encode, decode, attention, a training step."""
     tcae, image = TCAE.from_constants(constants), torch.zeros(1, 3, constants["image_size"], constants["image_size"])
-    z, vgg = tcae.encode(image), vgg16().features  # LPIPS takes VGG of both images, and back for the reconstruction
-    (encode, attention_1), (decode, attention_2) = count(lambda: tcae.encode(image)), count(lambda: tcae.decode(z))
+    vgg = vgg16().features  # LPIPS takes VGG of both images, and back for the reconstruction
+    encode, decode, attention = coding_cost(tcae, image)
     step = 3 * (encode + decode) + 3 * count(lambda: vgg(image))[0]
     if constants["ssl_method"] != "none":
         global_crop, local_crop = (count(lambda: tcae.encoder(torch.zeros(1, 3, size, size)))[0] for size in (
@@ -296,7 +305,7 @@ def joint_cost(constants):
         student = 2 * global_crop + crops * local_crop + (2 + crops + 2 * masked) * token
         step += 3 * student + 2 * global_crop + 2 * (1 + masked) * token
     decoder = sum(p.numel() for p in tcae.decoder.parameters())
-    return sum(p.numel() for p in tcae.parameters()) - decoder, decoder, encode, decode, attention_1 + attention_2, step
+    return sum(p.numel() for p in tcae.parameters()) - decoder, decoder, encode, decode, attention, step
 
 
 def finetuning_cost(constants):
@@ -330,6 +339,13 @@ def print_costs(rows):
         encode, decode, attention, step = (n / 1e9 for n in operations)
         print_line(row, encoder / 1e6, decoder / 1e6, encode, decode, encode + decode, encode + decode - attention,
                    (encode + decode) / 2, step, hours(operations[-1], train_tokenizer.epochs))
+    if find_spec("diffusers"):  # Table 4 and 11: the paper has 607 GFLOPs for DC-AE, 164 for its own S–B
+        network = dc_ae()
+        encoder, decoder = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (
+            network.network.encoder, network.network.decoder))
+        encode, decode, attention = (n / 1e9 for n in coding_cost(network, torch.zeros(1, 3, 256, 256)))
+        print_line("DC-AE f32c32", encoder, decoder, encode, decode, encode + decode, encode + decode - attention,
+                   (encode + decode) / 2, "–", "–")
     print("\n| another stage | GFLOPs for one training image | epochs | hours |\n|---|---|---|---|")
     constants = {**vars(train_tokenizer), **vars(finetune_decoder)}
     dit = LightningDiT("XL", 128, 8, 1000)

@@ -126,8 +126,12 @@ def test_the_published_weights_are_asked_for_as_safetensors(monkeypatch):
             block_out_channels=(32,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4, latent_channels=4)):
         constants = constants or dict(encoder_block_out_channels=(32,) * 6, decoder_block_out_channels=(32,) * 6)
-        monkeypatch.setattr(network, "from_pretrained", lambda name, use_safetensors, network=network, given=constants: (
-            asked.append(name), network(**given))[1] if use_safetensors else None)
+
+        def from_pretrained(name, use_safetensors, network=network, given=constants):
+            asked.append(name)
+            return network(**given) if use_safetensors else None
+
+        monkeypatch.setattr(network, "from_pretrained", from_pretrained)
     for name, shape in ("dc_ae", (32, 8, 8)), ("sd_vae", (16, 16, 16)):
         tcae = latents.open_tokenizer(str(ROOT / f"runs/tokenizers/{name}.py"), ALONE)
         with torch.no_grad():

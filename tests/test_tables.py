@@ -478,12 +478,22 @@ def test_a_generator_s_operations_are_those_of_the_formula(tables):
     assert got == 2 * block + 2 * N * 2 * c * D + 2 * 2 * D**2 + 2 * (512 * D + D**2)
 
 
+def test_dc_ae_costs_what_the_paper_says(tables):
+    """607 GFLOPs, one per multiply-add; 323 M parameters (DC-AE's paper)."""
+    with torch.device("meta"):
+        network = tables.dc_ae()
+        encode, decode, attention = tables.coding_cost(network, torch.zeros(1, 3, 256, 256))
+    assert round((encode + decode) / 2e9) == 607 and 0 < attention < 1e9
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6) == 323
+
+
 def test_costs_are_printed(monkeypatch, capsys):
     """S–S costs 75 GFLOPs by hand, and convolutions; hours are of 1,281,167 images an epoch at 8 × 396 TFLOP/s."""
     call(monkeypatch, table=8, cost=True)
     tokenizers, stages, generator = capsys.readouterr().out.split("\n\n")[1:]
     head, _, *rows = tokenizers.strip().splitlines()
     rows = [row.strip("| ").split(" | ") for row in rows]
+    assert rows.pop()[0] == "DC-AE f32c32"
     cells = {name: [float(number) for number in numbers] for name, *numbers in rows}
     assert list(cells) == ["p8-stc-shuffle-none", "p8-stc-none"]
     assert {len(numbers) for numbers in cells.values()} == {head.count("|") - 2}

@@ -1,6 +1,6 @@
 """DC-AE f32c32 (Chen et al. 2024, arXiv 2410.10733): Table 11's other row. After `pip install diffusers`:
 
-    torchrun --nproc_per_node=8 train_dit.py --tokenizer=runs/tokenizers/dc_ae.py --data_dir=imagenet --out_dir=out/dc_ae
+    torchrun --nproc_per_node=8 train_dit.py --tokenizer=runs/tokenizers/dc_ae.py --out_dir=out/dc_ae
 
 The weights (1.3 GB) are downloaded once. The paper took those trained at 256 px, dc-ae-f32c32-in-1.0-256px.
 """

@@ -1,7 +1,7 @@
 """SD-VAE (Rombach et al. 2022, arXiv 2112.10752), as in Table 4's DiT: 256 latent tokens, four times ours. After
 `pip install diffusers`:
 
-    torchrun --nproc_per_node=8 train_dit.py --tokenizer=runs/tokenizers/sd_vae.py --data_dir=imagenet --out_dir=out/sd_vae
+    torchrun --nproc_per_node=8 train_dit.py --tokenizer=runs/tokenizers/sd_vae.py --out_dir=out/sd_vae
 
 The weights (335 MB) are downloaded once.
 """
