@@ -8,8 +8,7 @@ rival     ours with decoder B beside DC-AE f32c32, at 256 px (only by name: it n
 data      our views of JPEG files, on one core, beside the same recipe in torchvision's transforms
 run       train_tokenizer.py from its start, beside `import torch` alone, and how long it waits for data
 
-A training step is timed where it is: the script runs, and its log.jsonl says how long each step took and how much of
-that was waiting for data, which only `run` counts. No downloads: LPIPS is left out, the discriminator is random.
+A script's log.jsonl times its steps, without waiting for data. No downloads: no LPIPS, and a random discriminator.
 """
 import json
 import runpy
@@ -139,8 +138,8 @@ def tokens_table(dist, _):
 
 
 def rival_table(dist, _):
-    yield "tokenizer", "M parameters", "encode, ms/image", "decode, ms/image", "images/s", "× DC-AE's"
     images, theirs, ours = batch_size or (64 if dist.device.type == "cuda" else 1), dc_ae(), TCAE(decoder="B")
+    yield "tokenizer", "M parameters", "encode, ms/image", "decode, ms/image", "images/s", "× DC-AE's"
     measures = [networks(dist, dist.compiles(compile), [], images, each)[:2] for each in (ours, theirs)]
     times = 1e3 / images * medians(*measures[0], *measures[1]).reshape(2, 2)  # ours, theirs × encode, decode
     for name, network, (encode, decode) in zip(("ours, S–B", "DC-AE f32c32"), (ours, theirs), times):
@@ -160,7 +159,8 @@ def data_table(dist, _):
             for k in range(8):  # noise just so coarse that the files are as large as photographs'
                 noise = Image.fromarray(rng.integers(0, 256, (height // 4, width // 4, 3), np.uint8))
                 noise.resize((width, height), Image.BICUBIC).save(f"{folder}/class/{k}.jpg", quality=90)
-            batches = data.TrainBatches(data.ImageFolder(folder), ours, seed=0)  # other crops in every "epoch"
+            # The time is the epoch, so that every call takes other crops.
+            batches = data.TrainBatches(data.ImageFolder(folder), ours, 0, ours.collate, ours.short_side)
             times = medians(lambda: seconds(lambda: batches[[(time.time_ns(), i) for i in range(8)]], dist) / 8,
                             lambda: seconds(lambda: [theirs(batches.source.load(i)) for i in range(8)], dist) / 8)
         yield f"{width} × {height} px", *(f"{each * 1e3:.1f}" for each in times), f"{times[1] / times[0]:.2f}"

@@ -1,12 +1,12 @@
-"""Images in: a folder per class or the built-in shapes, and the two loaders that everything reads them through.
+"""Images in: a folder per class or the built-in shapes (shapes.py), and the two loaders that read them.
 
-    ImageFolder            a source: len(), classes, labels, load(i) -> a PIL image in RGB, name(i), constant
-    open_split             the training or validation source of `data_dir`, or the built-in shapes (shapes.py)
+    ImageFolder                a source: len(), classes, labels, load(i) -> a PIL image in RGB, name(i), constant
+    open_split, open_splits    the training and the validation images of `data_dir`
     center_crop, resize, random_crop, to_float, to_uint8, psnr, save_grid    from image to tensor and back
-    TrainLoader            resumable training batches, the same for any number of processes
-    eval_loader            every image once, cropped as for evaluation
-    validate               PSNR and a picture of reconstructions
-    Store                  an array on disk that many processes fill
+    TrainLoader                training batches that can be resumed, the same for any number of processes
+    eval_loader                every image once, cropped as for evaluation
+    validate                   PSNR and a picture of reconstructions
+    Store                      an array on disk that many processes fill
 """
 import hashlib
 import json
@@ -20,20 +20,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from torch.utils.data import default_collate
 
 from runtime import Stopped, bar, check, fail
 from shapes import Shapes
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp"}
-BAD_SHARE = 0.01  # a run stops if more than this share of its images can't be decoded
+BAD_SHARE = 0.01  # a run ends if more than this share of its images can't be decoded
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sources
 
 
 class ImageFolder:
-    """All images (JPEG, PNG, WebP) below `root`, in order of their paths. Its subfolders are the classes, numbered
-    alphabetically, as in ImageNet; with by_class=False there is only one class. `constant` named the folder."""
+    """All images (JPEG, PNG, WebP) below `root`, sorted by path. Its subfolders are the classes, in alphabetical order
+    as in ImageNet; by_class=False makes all images one class. constant: the script's constant that named the folder."""
 
     def __init__(self, root, constant="data_dir", by_class=True):
         self.root, self.constant, self.paths, self.labels = root, constant, [], []
@@ -51,7 +52,7 @@ class ImageFolder:
 
     def load(self, i, short_side=0):
         """Image i in RGB; raises if it can't be decoded. With `short_side`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its
-        size, as long as its shorter side keeps that many pixels: much faster."""
+        size if its short side keeps that many pixels, which is much faster."""
         image = Image.open(self.paths[i])
         if short_side:
             image.draft(None, (short_side, short_side))
@@ -94,11 +95,17 @@ def open_split(data_dir, split, image_size, shapes_images):
     return ImageFolder(found[0])
 
 
-def check_same_classes(train, val):
-    """Fails, naming them, if there are class folders in only one of the splits."""
+def open_splits(data_dir, image_size, shapes_images, batch_size=1, resumed=None):
+    """The training and the validation images. They must have the same classes and fill a batch, and a run that goes on
+    from the checkpoint `resumed` must find as many as it began with."""
+    train, val = (open_split(data_dir, split, image_size, shapes_images) for split in ("train", "val"))
     odd = sorted(set(train.classes) ^ set(val.classes))
     check(not odd, "data_dir: the training and the validation images must have the same class folders, but only one of "
                    f"them has {', '.join(odd[:5])}" + (f" and {len(odd) - 5} more" if len(odd) > 5 else ""))
+    check(batch_size <= len(train), f"batch_size={batch_size} is more than the {len(train)} training images")
+    check(not resumed or resumed["images"] == len(train), f"data_dir={data_dir} has {len(train)} training images; the "
+          f"run to resume began with {resumed and resumed['images']}")
+    return train, val
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -106,7 +113,7 @@ def check_same_classes(train, val):
 
 
 def center_crop(image, size):
-    """ADM's evaluation crop: the centre of an image whose short side is resized to `size`, (size, size, 3) uint8."""
+    """ADM's evaluation crop: resizes the short side to `size` and takes the centre, uint8 (size, size, 3)."""
     while min(image.size) >= 2 * size:
         image = image.resize([side // 2 for side in image.size], Image.BOX)  # not reduce(2), which rounds up
     scale = size / min(image.size)
@@ -116,31 +123,21 @@ def center_crop(image, size):
 
 
 def resize(pixels, size):
-    """uint8 (H, W, 3) -> (size, size, 3), bicubic and antialiased like Pillow, but by torch: three times as fast with
-    AVX2."""
+    """uint8 (H, W, 3) -> (size, size, 3), bicubic with antialiasing, like Pillow's but three times as fast (AVX2)."""
     if pixels.shape[:2] == (size, size):
         return pixels
     image = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, 3, H, W), channels last in memory
     return F.interpolate(image, (size, size), mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
 
 
-def random_crop(pixels, size, rng):
-    """The crop that the tokenizer reconstructs: a random square with the image's full short side, resized, and flipped
-    half the time (our choice: the paper doesn't say). uint8 (H, W, 3) -> (size, size, 3)."""
+def random_crop(image, rng, size):
+    """The crop that the tokenizer reconstructs, (size, size, 3) uint8: a random square as large as the image's short
+    side, resized, and flipped half of the time. (Our choice: the paper doesn't say.)"""
+    pixels = np.array(image)  # (H, W, 3)
     side = min(pixels.shape[:2])
     top, left = (int(rng.integers(0, length - side + 1)) for length in pixels.shape[:2])
     crop = resize(pixels[top:top + side, left:left + side], size)
     return np.ascontiguousarray(crop[:, ::-1] if rng.random() < 0.5 else crop)
-
-
-class PlainCrop:
-    """The transform of a TrainLoader that gives one random crop, {"images": uint8 (size, size, 3)}."""
-
-    def __init__(self, size):
-        self.size = self.short_side = size
-
-    def __call__(self, image, rng):
-        return {"images": random_crop(np.array(image), self.size, rng)}
 
 
 def to_float(pixels, device):
@@ -154,13 +151,13 @@ def to_uint8(images):
 
 
 def psnr(a, b):
-    """Peak signal-to-noise ratio in dB of each pair of uint8 images, (B, H, W, 3) twice -> (B,) float64."""
+    """Peak signal-to-noise ratio of each pair of uint8 images, dB: (B, H, W, 3) twice -> (B,) float64."""
     mse = (a.double() - b.double()).square().mean((1, 2, 3))
     return 10 * torch.log10(255**2 / mse.clamp(min=1e-10))
 
 
 def save_grid(path, images, columns, titles=()):
-    """Writes uint8 images (N, H, W, 3) as one PNG, row by row, small ones enlarged; `titles` go above the columns."""
+    """Writes uint8 images (N, H, W, 3), small ones enlarged, as one PNG, row by row, with `titles` over the columns."""
     n, height, width, _ = images.shape
     rows, scale, top = -(-n // columns), max(1, 96 // width), 14 if titles else 0
     canvas = Image.new("RGB", (columns * (width * scale + 2), rows * (height * scale + 2) + top), "white")
@@ -177,19 +174,20 @@ def save_grid(path, images, columns, titles=()):
 
 
 class TrainLoader:
-    """Iterates over this process's share of steps `start` to `steps`, `accumulate` micro-batches each: dicts of
-    tensors, collated from what `transform(image, rng)` returns, or without a transform `source.load(i)` itself.
+    """Yields this process's micro-batches for the steps from `start` to `steps`, `micro_batches` for each step.
 
-    (seed, epoch) decides the order and (seed, epoch, image) the rng, so that neither processes, workers nor a restart
-    change what is trained on. An image that can't be decoded is replaced by another.
-    A transform may have `prepare(batch)`, to finish a batch while loading, and `short_side`, see ImageFolder.load.
+    Each is collate([transform(image, rng), …]), made in the loading workers; without a transform, source.load(i) takes
+    the place of transform(…). (seed, epoch) decides the order and (seed, epoch, image) the rng, so the training data
+    depends neither on processes or workers nor on a restart. An image that can't be decoded is replaced by another.
+    short_side: pixels that a JPEG's short side must keep, see ImageFolder.load; 0 = all.
     """
 
-    def __init__(self, source, transform, batch_size, start, steps, seed, dist, accumulate=1, workers=0):
-        order = training_order(len(source), batch_size, start, steps, seed, dist.rank, dist.count, accumulate)
+    def __init__(self, source, transform, batch_size, start, steps, seed, dist, collate=default_collate, short_side=0,
+                 micro_batches=1, workers=0):
+        order = training_order(len(source), batch_size, start, steps, seed, dist.rank, dist.count, micro_batches)
         self.batches = iter(torch.utils.data.DataLoader(
-            TrainBatches(source, transform, seed), sampler=order, batch_size=None, num_workers=workers,
-            worker_init_fn=outlive_sigterm, pin_memory=dist.device.type == "cuda"))
+            TrainBatches(source, transform, seed, collate, short_side), sampler=order, batch_size=None,
+            num_workers=workers, worker_init_fn=outlive_sigterm, pin_memory=dist.device.type == "cuda"))
         self.source, self.dist, self.seconds, self.bad, self.reported = source, dist, 0.0, [], set()
 
     def __iter__(self):
@@ -197,12 +195,12 @@ class TrainLoader:
 
     def __next__(self):
         began = time.perf_counter()
-        views, bad = next(self.batches)
+        batch, bad = next(self.batches)
         self.seconds += time.perf_counter() - began
         self.bad += bad
-        if views is None:
+        if batch is None:
             fail(f"{self.source.constant}: 100 images in a row can't be decoded, such as {bad[0]}", everywhere=False)
-        return views
+        return batch
 
     def waited(self):
         """Seconds spent waiting for data since the last call."""
@@ -210,32 +208,32 @@ class TrainLoader:
         return seconds
 
     def report_bad_files(self):
-        """Names undecodable files, each once; more than 1 % end the run. All processes must call it together."""
+        """Names files that can't be decoded, each once; more than 1 % end the run. All processes must call it."""
         report_bad_files(self.source, len(self.source), self.bad, self.reported, self.dist)
         self.bad = []
 
 
-def training_order(images, batch_size, start, steps, seed, rank=0, count=1, accumulate=1):
-    """The [(epoch, image), …] of every micro-batch of process `rank`. Each epoch is a permutation, without its last,
-    partial batch."""
+def training_order(images, batch_size, start, steps, seed, rank=0, count=1, micro_batches=1):
+    """Yields [(epoch, image), …] for every micro-batch of process `rank`. Each epoch is a new permutation; its last,
+    partial batch is dropped."""
     steps_per_epoch = images // batch_size
-    share = batch_size // (count * accumulate)
+    share = batch_size // (count * micro_batches)
     order_of = None
     for step in range(start, steps):
         epoch, k = divmod(step, steps_per_epoch)
         if epoch != order_of:
             order_of, order = epoch, np.random.default_rng([seed, 1, epoch]).permutation(images)
-        first = k * batch_size + rank * accumulate * share
-        for part in range(accumulate):
+        first = k * batch_size + rank * micro_batches * share
+        for part in range(micro_batches):
             yield [(epoch, int(i)) for i in order[first + part * share:first + (part + 1) * share]]
 
 
 class TrainBatches(torch.utils.data.Dataset):
-    """Item [(epoch, i), …] is (their batch as in TrainLoader, names of undecodable files)."""
+    """Item [(epoch, i), …] is (their micro-batch, names of files that can't be decoded). See TrainLoader."""
 
-    def __init__(self, source, transform, seed):
-        self.source, self.transform, self.seed = source, transform, seed
-        self.options = {"short_side": transform.short_side} if hasattr(transform, "short_side") else {}
+    def __init__(self, source, transform, seed, collate=default_collate, short_side=0):
+        self.source, self.transform, self.seed, self.collate = source, transform, seed, collate
+        self.options = {"short_side": short_side} if short_side else {}
 
     def __getitem__(self, batch):
         items, bad = [], []
@@ -247,17 +245,16 @@ class TrainBatches(torch.utils.data.Dataset):
             if image is None:
                 return None, bad
             items.append(self.transform(image, rng) if self.transform else image)
-        views = torch.utils.data.default_collate(items)
-        return self.transform.prepare(views) if hasattr(self.transform, "prepare") else views, bad
+        return self.collate(items), bad
 
 
 def eval_loader(source, size, batch_size, dist, workers=0, images=0, title="", indices=None, keep_empty=False):
-    """Every image once: yields centre crops, uint8 (b, size, size, 3), and their indices (b,), of this process's share.
-    Undecodable files are left out; they are named at the end, and more than 1 % end the run. A process that gets SIGTERM
-    breaks off, and then all of them raise Stopped at their end. All must iterate together.
+    """Yields centre crops, uint8 (b, size, size, 3), and their indices (b,), so that all processes together see every
+    image once; all must iterate. Files that can't be decoded are left out and named at the end; more than 1 % end the
+    run. After a SIGTERM to any process, that one breaks off and all raise Stopped at their end.
 
-    images: how many, evenly spread; 0 = all. indices: which, instead. keep_empty: yield batches without an image too.
-    title: of a progress bar.
+    images: how many, evenly spread; 0 = all. indices: which ones, instead. title: of a progress bar. keep_empty: yield
+    a batch even if none of its images can be decoded.
     """
     count, bad = min(images or len(source), len(source)), []
     mine = (spread(source, count) if indices is None else indices)[dist.rank::dist.count].tolist()
@@ -270,7 +267,7 @@ def eval_loader(source, size, batch_size, dist, workers=0, images=0, title="", i
             yield pixels, chosen
         if dist.stop:
             break
-    if dist.stop_requested():  # asked only here, because processes have different numbers of batches
+    if dist.stop_requested():  # only here, since processes may have different numbers of batches
         raise Stopped
     report_bad_files(source, count, bad, set(), dist)
 
@@ -297,7 +294,7 @@ class CenterCrops(torch.utils.data.Dataset):
 
 
 def try_load(source, i, bad, **options):
-    """Image i; or None, and its name added to `bad`, if it can't be decoded."""
+    """Image i; or None if it can't be decoded, and its name is added to `bad`."""
     try:
         return source.load(i, **options)
     except Exception:  # broken files make Pillow raise OSError, SyntaxError, ValueError, struct.error and others
@@ -305,8 +302,8 @@ def try_load(source, i, bad, **options):
 
 
 def report_bad_files(source, images, bad, reported, dist):
-    """Names the files in the lists `bad` of all processes, and adds them to the set `reported`, unless they are in it.
-    More than 1 % of `images` end the run."""
+    """Names all processes' `bad` files that are not in the set `reported` yet, and adds them to it. The run ends if
+    more than 1 % of `images` are in it."""
     for name in sorted(set(dist.gather(bad)) - reported):
         reported.add(name)
         dist.print(f"{source.constant}: {name} can't be decoded and is left out ({len(reported)} so far)")
@@ -316,20 +313,20 @@ def report_bad_files(source, images, bad, reported, dist):
 
 
 def outlive_sigterm(_):
-    """For loading workers: schedulers send SIGTERM to every process of a job, and the training process still needs its
-    workers for the step it is in, after which it saves. They end half a minute later."""
+    """For loading workers. A scheduler sends SIGTERM to every process of a job, but the training process needs its
+    workers until the end of the step, where it saves; so they live for half a minute more."""
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 def eval_batch(size):
-    """How many images of `size` pixels to take at a time where there is no gradient."""
+    """How many images of `size` pixels to process at a time without gradient."""
     return max(1, min(256, 256**3 // size**2))
 
 
 @torch.no_grad()
 def validate(tcae, source, size, images, dist, picture):
-    """Mean PSNR (dB, on 8 bits) of the reconstructions of `images` centre crops (0 = all); writes a picture of eight
-    originals over their reconstructions. Raises runtime.Stopped on SIGTERM."""
+    """-> mean PSNR (dB, of 8-bit pixels) of the reconstructions of `images` centre crops (0 = all). Writes a picture of
+    eight originals over their reconstructions. Raises Stopped after SIGTERM."""
     def reconstruct(pixels):
         with dist.autocast():
             return to_uint8(tcae(to_float(pixels, dist.device))).cpu()
@@ -350,9 +347,9 @@ def validate(tcae, source, size, images, dist, picture):
 
 
 class Store:
-    """An array on disk that many processes fill, item by item, over any number of runs: 4096 bytes of JSON that say
-    what it holds; a byte per item (0 = to do, 1 = done, 2 = impossible); the items. Memory-mapped: `state` (count,)
-    uint8, `items` (count, *shape). The processes of `dist` must open it together; the first one makes it if need be."""
+    """An array on disk that many processes fill, item by item, over any number of runs. The file is 4096 bytes of JSON
+    about its contents, then `state` (count,) uint8 (0 = to do, 1 = done, 2 = impossible), then `items` (count, *shape);
+    both are memory-mapped. All processes of `dist` must open it together; the first creates it if need be."""
 
     HEADER = 4096
 
@@ -360,7 +357,7 @@ class Store:
         self.path, self.given = path, (path, about, count, shape, dtype)
         size = self.HEADER + count + count * math.prod(shape) * np.dtype(dtype).itemsize
         if not os.path.exists(path) and (dist is None or dist.first):
-            with open(f"{path}.tmp", "wb") as file:  # sparse: it takes up space as it is filled
+            with open(f"{path}.tmp", "wb") as file:  # sparse: it takes up space only as it is filled
                 file.write(json.dumps(about).encode().ljust(self.HEADER))
                 file.truncate(size)
             os.replace(f"{path}.tmp", path)
@@ -376,26 +373,26 @@ class Store:
 
     @classmethod
     def differences(cls, path, about):
-        """How the file at `path`, if there is one, differs from `about`, in words; "" if it doesn't."""
+        """In words, how the file at `path` differs from `about`; "" if it doesn't, or if there is no file."""
         if not os.path.exists(path):
             return ""
         with open(path, "rb") as file:
             try:
                 says = dict(json.loads(file.read(cls.HEADER)))
             except (ValueError, TypeError):
-                return "it is no file of this project"
+                return "it is not a file of this project"
         return "; ".join(f"{name} was {says.get(name)!r}, is {value!r}" for name, value in about.items()
                          if says.get(name) != value)
 
     def to_do(self, dist):
-        """The indices of all items that are not done yet. All processes must call it together, before any fills one."""
+        """The indices of all items that are still to do. All processes must call it before any of them fills one."""
         indices = np.flatnonzero(self.state == 0)
         dist.wait()
         return indices
 
     def put(self, where, items):
         self.items[where] = items
-        self.state[where] = 1  # after the items: what is marked is there
+        self.state[where] = 1  # only now: an item that is marked as done is there
 
     def flush(self):
         self.items.flush(), self.state.flush()

@@ -1,18 +1,17 @@
-"""Stage 4: how good are reconstructions and samples, and what do the latents know?
+"""Stage 4: how good are reconstructions and samples, and how much structure do the latents keep?
 
     python eval.py --tokenizer=out/shapes_tokenizer/checkpoint.pt                    # reconstruction and probes
     torchrun --nproc_per_node=8 eval.py --tokenizer=out/tokenizer/checkpoint.pt --data_dir=imagenet
     torchrun --nproc_per_node=8 eval.py --samples=out/samples/samples.npz --reference=VIRTUAL_imagenet256_labeled.npz
     python eval.py --samples=their_reconstructions/ --reference=originals/ --paired=True     # another tokenizer's
 
-Reconstruction: rFID, PSNR, SSIM, LPIPS. Generation: gFID, IS. Linear probes (Table 1): a linear classifier on the
-average-pooled image tokens (accuracy R_tok), one on the average-pooled latents (R_lat), and the structure loss,
-1 - R_lat / R_tok; also one on [CLS] and pooled tokens together, as DINOv2 is measured.
+Reconstruction: rFID, PSNR, SSIM, LPIPS. Generation: gFID, IS. Linear probes (Table 1): the accuracy R_tok of a linear
+classifier on average-pooled image tokens, R_lat of one on average-pooled latents, and the structure loss,
+1 - R_lat / R_tok; also a probe on [CLS] and pooled tokens together, as in DINOv2's evaluation.
 Prints a table and writes it to eval.json, beside the checkpoint or the samples.
 """
 import json
 import logging
-import math
 import os
 import signal
 import struct
@@ -35,12 +34,12 @@ from runtime import check
 tokenizer = ""  # stage 1's checkpoint, or a file.py with another tokenizer
 data_dir = ""  # as in stage 1; "" = the tokenizer's own
 val_images = 0  # how many validation images; 0 = all
-probe_images = 0  # how many training images the probes are fitted on; 0 = all
-pca = False  # True: also PSNR of PCA with as many values per image, the best linear tokenizer; images of up to 64 px
+probe_images = 0  # how many training images to fit the probes on; 0 = all
+pca = False  # True: also the PSNR of PCA with as many values per image, the best linear tokenizer; up to 64 px
 
 # … or samples against a reference
 samples = ""  # folder of images, or .npz with arr_0 uint8 (N, H, W, 3) as sample.py writes it
-reference = ""  # the same, or .npz of statistics (mu, sigma), or "shapes"; a folder's are cropped to the samples' size
+reference = ""  # the same, or .npz of statistics (mu, sigma), or "shapes"; a folder is cropped to the samples' size
 paired = False  # True: image i of samples is the reconstruction of image i of reference (in order of file names)
 
 # How
@@ -50,7 +49,7 @@ probe_steps = 200  # L-BFGS steps of the probes' multinomial logistic regression
 probe_decay = 1e-4  # its L2 penalty
 batch_size = 64  # images at a time, per process
 workers = 4  # loading processes per process; 0 = load in the process itself
-out = ""  # the file of results; "" = eval.json beside the checkpoint or the samples (give it for a file.py)
+out = ""  # file for the results; "" = eval.json beside the checkpoint or the samples; for a file.py, give one
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # of the tokenizer's matrix products; the metrics themselves are always float32 or float64
 
@@ -60,7 +59,7 @@ dtype = "auto"  # of the tokenizer's matrix products; the metrics themselves are
 
 
 class Npz:
-    """The images arr_0, uint8 (N, H, H, 3), of an .npz file, memory-mapped: files of any size take no memory."""
+    """The images arr_0, uint8 (N, H, H, 3), of an .npz file, memory-mapped, so that a large file takes no memory."""
 
     def __init__(self, path, constant):
         with zipfile.ZipFile(path) as archive:
@@ -95,7 +94,7 @@ class Npz:
 
 
 def open_images(path, constant):
-    """The images at `path`, which the constant of that name gave."""
+    """The images at `path`, the value of the constant that is called `constant`."""
     check(path, f"{constant} is empty: a folder of images or an .npz file")
     check(os.path.exists(path), f"{constant}={path}: there is no such file or folder")
     if os.path.isdir(path):
@@ -105,7 +104,7 @@ def open_images(path, constant):
 
 
 def side_of(images):
-    """The side in pixels of all images, which must be squares of one size."""
+    """The side of the images, pixels; they must be squares of one size."""
     if isinstance(images, Npz):
         return images.images.shape[1]
     sizes = set()
@@ -122,7 +121,7 @@ def side_of(images):
 
 
 def read_statistics(path):
-    """The mean (D,) and covariance (D, D) in an .npz of statistics such as ADM's; None if `path` isn't one."""
+    """The mean (D,) and covariance (D, D) in an .npz like ADM's; None if `path` isn't such a file."""
     if os.path.isdir(path) or not zipfile.is_zipfile(path):
         return None
     with np.load(path) as file:
@@ -136,15 +135,15 @@ def read_statistics(path):
 
 
 def float64_device(device):
-    """Where to compute in float64, which MPS can't."""
+    """The device for float64, which MPS does not have."""
     return device if device.type == "cuda" else torch.device("cpu")
 
 
 def ssim(a, b):
     """Structural similarity of each pair of images, uint8 (B, H, W, 3) twice -> (B,) float64, at most 1.
 
-    Wang et al. 2004: Gaussian window of 11 pixels, σ = 1.5, population statistics, averaged over channels and over all
-    places where the window fits. H and W must be at least 11.
+    Wang et al. 2004: Gaussian window of 11 pixels, σ = 1.5, population statistics; the mean over channels and over all
+    positions where the window fits inside. H and W must be at least 11.
     """
     offsets = torch.arange(-5, 6, dtype=torch.float64)
     window = torch.exp(-offsets**2 / (2 * 1.5**2))
@@ -163,15 +162,16 @@ def ssim(a, b):
 
 
 def gradient_magnitude(images):
-    """Mean length of the gradient of uint8 (B, H, W, 3), by differences to the next pixel -> (B,) float64."""
+    """Mean gradient length of uint8 images (B, H, W, 3), from differences of neighbouring pixels -> (B,) float64."""
     x = images.double()
     return torch.hypot(x[:, 1:, :-1] - x[:, :-1, :-1], x[:, :-1, 1:] - x[:, :-1, :-1]).mean((1, 2, 3))
 
 
 class PairMetrics:
-    """rFID, PSNR, SSIM, LPIPS and sharpness of `images` pairs of an original and its reconstruction, as sums."""
+    """rFID, PSNR, SSIM, LPIPS and sharpness of `images` pairs of an original and its reconstruction, kept as sums."""
 
     def __init__(self, images, size, dist):
+        check(size >= 11, f"{'tokenizer' if tokenizer else 'samples'}: {size} pixels are too few, SSIM needs 11")
         self.network = load_network("rFID", "feature_net", lambda: open_feature_net(size, dist), dist)
         self.perceptual = load_network("LPIPS", "lpips_net", lambda: pretrained.load_lpips(lpips_net, dist), dist)
         self.device, self.sums = dist.device, torch.zeros(6, dtype=torch.float64)  # the last is the count
@@ -188,8 +188,7 @@ class PairMetrics:
             features.add(pixels, indices)
 
     def results(self, dist):
-        """-> (how many pairs, {metric: value}). Sharpness: the reconstructions' gradients relative to the originals';
-        below 1, they are blurred."""
+        """-> (how many pairs, {metric: value}). Sharpness, a ratio of gradients, is below 1 for blurred images."""
         psnr, similarity, before, after, lpips, count = dist.sum(self.sums).tolist()
         for features in self.features:
             features.reduce(dist)
@@ -212,7 +211,7 @@ def pca_psnr(train, val, values, size, dist):
     count, total, products = (dist.sum(x).double() for x in (count, total, products))
     mean = total / count
     covariance = (products / count - mean[:, None] * mean).float()
-    # only the eigenvectors of the largest eigenvalues, which takes half the time
+    # Only the eigenvectors of the largest eigenvalues: half the time.
     _, vectors = scipy.linalg.eigh(covariance.numpy(), subset_by_index=[max(0, width - values), width - 1])
     basis, mean = torch.from_numpy(vectors), mean.float()  # (3 H W, values)
     psnr = torch.zeros(2, dtype=torch.float64)
@@ -228,11 +227,11 @@ def pca_psnr(train, val, values, size, dist):
 
 
 class FeatureNet:
-    """A network saved by torch.export, in Inception's place, for images of `side` pixels."""
+    """A network from a file of torch.export, in Inception's place, for images of `side` pixels."""
 
     def __init__(self, path, side, device):
         check(Path(path).is_file(), f"feature_net={path}: there is no such file")
-        logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it logs a traceback of its own
+        logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it would log a traceback
         try:
             exported = torch.export.load(path)
             if device.type != "cpu":
@@ -252,7 +251,7 @@ class FeatureNet:
 
 
 class FeatureSums:
-    """What FID and IS need of a set of images, as sums in float64, whose size does not grow with the set."""
+    """What FID and IS need to know of a set of images: float64 sums, whose size does not depend on the set's."""
 
     SPLITS = 10  # IS is the mean over this many parts of the set, in order
     BATCH = 16  # at a time: Inception takes some 30 MB per image
@@ -307,8 +306,8 @@ class FeatureSums:
 def frechet_distance(first, second):
     """‖μ₁ - μ₂‖² + tr(Σ₁ + Σ₂ - 2 (Σ₁ Σ₂)^½) of two (mean (D,), covariance (D, D)) in float64.
 
-    The last trace is the sum of the roots of the eigenvalues of Σ₁^½ Σ₂ Σ₁^½. That matrix is symmetric, so unlike a
-    general matrix root this is real, and well defined with fewer images than features.
+    tr (Σ₁ Σ₂)^½ is the sum of the square roots of the eigenvalues of Σ₁^½ Σ₂ Σ₁^½. That matrix is symmetric, so the sum
+    is real, and well defined even with fewer images than features.
     """
     (mean_1, cov_1), (mean_2, cov_2) = first, second
     values, vectors = torch.linalg.eigh(cov_1)
@@ -322,37 +321,39 @@ def frechet_distance(first, second):
 
 
 class PooledFeatures:
-    """Of each image the average-pooled tokens and [CLS] (2 D,), the average-pooled latents (c,) and the label."""
+    """What the probes see of each image, as lists of batches: pooled tokens beside [CLS], pooled latents, the label."""
 
     def __init__(self, source, tcae):
         self.classes, self.source_labels = len(source.classes), torch.tensor(source.labels)
-        self.width = 0 if isinstance(tcae, Foreign) else tcae.encoder.width
-        self.tokens_and_cls = [torch.zeros(0, 2 * self.width)]  # a process may have no images
+        width = 0 if isinstance(tcae, Foreign) else tcae.encoder.width
+        self.tokens_and_cls = [torch.zeros(0, 2 * width)]  # a process may have no images
         self.latents, self.labels = [torch.zeros(0, len(tcae.latent_mean))], [self.source_labels[:0]]
 
     def add(self, cls, tokens, z, indices):
-        self.tokens_and_cls.append(torch.cat([tokens.float().mean(1), cls.float()], dim=1).cpu())
-        self.latents.append(z.float().mean((2, 3)).cpu())
+        """[CLS] (B, D) and tokens (B, N, D) from before the bottleneck, latents z (B, c, h, w) from after it."""
+        self.tokens_and_cls.append(torch.cat([tokens.float().mean(1), cls.float()], dim=1).cpu())  # (B, 2 D)
+        self.latents.append(z.float().mean((2, 3)).cpu())  # (B, c)
         self.labels.append(self.source_labels[indices])
-
-    def inputs(self):
-        """Of each probe, its inputs (N, …) by name."""
-        both = torch.cat(self.tokens_and_cls)
-        return {"tokens": both[:, :self.width], "[CLS] and tokens": both, "latents": torch.cat(self.latents)}
 
 
 def probes(train, val, dist):
-    """Table 1's row, and the probe on [CLS] and tokens, for two PooledFeatures."""
-    of_train, of_val, labels, val_labels = train.inputs(), val.inputs(), torch.cat(train.labels), torch.cat(val.labels)
-    found = {f"probe on {name}": probe(of_train[name], labels, of_val[name], val_labels, train.classes, dist)
-             for name in of_train if of_train[name].shape[1]}  # another tokenizer than ours has latents only
-    before, after = found.get("probe on tokens"), found["probe on latents"]
-    return {**found, "structure loss": 1 - after / before if before else None}
+    """Table 1's row: accuracies of linear classifiers on average-pooled tokens, R_tok, and on average-pooled latents,
+    R_lat, and the structure loss, 1 - R_lat / R_tok; also one on tokens and [CLS]. train, val: PooledFeatures."""
+    (tokens, latents, labels), (val_tokens, val_latents, val_labels) = (
+        map(torch.cat, (features.tokens_and_cls, features.latents, features.labels)) for features in (train, val))
+    width = tokens.shape[1] // 2  # the first half is the tokens', the second [CLS]'s
+
+    def accuracy(x, val_x):
+        return probe(x, labels, val_x, val_labels, train.classes, dist) if x.shape[1] else None
+
+    r_tok, r_lat = accuracy(tokens[:, :width], val_tokens[:, :width]), accuracy(latents, val_latents)
+    return {"probe on tokens": r_tok, "probe on [CLS] and tokens": accuracy(tokens, val_tokens),
+            "probe on latents": r_lat, "structure loss": 1 - r_lat / r_tok if r_tok else None}
 
 
 def probe(train, train_labels, val, val_labels, classes, dist):
-    """Multinomial logistic regression, fitted on train (N, D) and its labels (N,) -> its accuracy on val. Each process
-    has its own rows of both; sums go over all. L-BFGS on the whole set, in chunks."""
+    """Fits a linear classifier (multinomial logistic regression) on the rows of train (N, D) with labels (N,) -> its
+    accuracy on val. L-BFGS on all rows, in chunks; each process holds some of them, and sums are over all processes."""
     device, width = dist.device, train.shape[1]
     sums = torch.zeros(2 * width + 1, dtype=torch.float64)
     for x, _ in chunks(train, train_labels):
@@ -398,11 +399,12 @@ def open_feature_net(size, dist):
     """The network for FID and IS of images of `size` pixels. Raises MissingWeights."""
     if feature_net:
         return FeatureNet(feature_net, size, dist.device)
-    return pretrained.Inception.pretrained(pretrained.download_weights(*pretrained.INCEPTION, dist)).to(dist.device).eval()
+    path = pretrained.download_weights(*pretrained.INCEPTION, dist)
+    return pretrained.Inception.pretrained(path).to(dist.device).eval()
 
 
 def load_network(metric, constant, load, dist):
-    """load(), or None, and a line that says so, if the constant is "none" or weights are missing."""
+    """load(); or None, and a message, if the constant is "none" or weights are missing."""
     try:
         if globals()[constant] != "none":
             return load()
@@ -412,37 +414,32 @@ def load_network(metric, constant, load, dist):
 
 
 def metric_name(metric):
-    """FID and IS are called that only if the network is Inception."""
+    """FID and IS have these names only with Inception."""
     return f"{metric.replace('FID', 'FD')} ({Path(feature_net).name})" if feature_net not in ("", "none") else metric
 
 
 @torch.no_grad()
 def evaluate_tokenizer(dist):
-    """-> what was measured, in words; {metric: value, or None if weights are missing}."""
+    """-> a line about what was measured; {metric: value, or None if it can't be}."""
     tcae = open_tokenizer(tokenizer, dist)
     where, size = data_dir or tcae.data_dir, tcae.image_size
-    train, val = (data.open_split(where, split, size, tcae.shapes_images) for split in ("train", "val"))
-    data.check_same_classes(train, val)
-    check_size(size)
+    train, val = data.open_splits(where, size, tcae.shapes_images)
     check(not pca or size <= 64, f"pca=True: {tokenizer} is for images of {size} pixels; 64 are the most for PCA")
     pairs, of_train, of_val = PairMetrics(len(val), size, dist), PooledFeatures(train, tcae), PooledFeatures(val, tcae)
 
-    def encode(pixels):
-        with dist.autocast():
-            return tcae.encode_with_tokens(data.to_float(pixels, dist.device))
-
     for pixels, indices in data.eval_loader(val, size, batch_size, dist, workers, val_images, "validation images"):
-        cls, tokens, z = encode(pixels)
         with dist.autocast():
+            cls, tokens, z = tcae.encode(data.to_float(pixels, dist.device), with_tokens=True)
             reconstructions = data.to_uint8(tcae.decode(z)).cpu()
         of_val.add(cls, tokens, z, indices)
         pairs.add(pixels, reconstructions, indices)
     for pixels, indices in data.eval_loader(train, size, batch_size, dist, workers, probe_images, "training images"):
-        of_train.add(*encode(pixels), indices)
+        with dist.autocast():
+            of_train.add(*tcae.encode(data.to_float(pixels, dist.device), with_tokens=True), indices)
 
     count, results = pairs.results(dist)
     if pca:
-        values = math.prod(tcae.latent_shape)
+        values = int(np.prod(tcae.latent_shape))
         results[f"PSNR of PCA, {values} values"] = pca_psnr(train, val, values, size, dist)
     fitted = int(dist.sum(torch.tensor(float(sum(map(len, of_train.labels))))))
     about = f"{count} images of {where}, {size} px; probes fitted on {fitted} training images"
@@ -451,7 +448,7 @@ def evaluate_tokenizer(dist):
 
 @torch.no_grad()
 def evaluate_samples(dist):
-    """-> the same as evaluate_tokenizer, of samples as they are: FID and IS."""
+    """-> the same, for samples against a reference: FID and IS."""
     images = open_images(samples, "samples")
     size = side_of(images)
     check(len(images) >= FeatureSums.SPLITS,
@@ -485,10 +482,9 @@ def evaluate_samples(dist):
 
 @torch.no_grad()
 def evaluate_pairs(dist):
-    """-> the same, of samples that are reconstructions of the reference: rFID, PSNR, SSIM, LPIPS."""
+    """-> the same, for samples that are reconstructions of the reference: rFID, PSNR, SSIM, LPIPS."""
     images = open_images(samples, "samples")
     size = side_of(images)
-    check_size(size)
     other = open_reference(size)
     check(len(other) == len(images),
           f"paired=True: samples={samples} holds {len(images)} images, reference={reference} {len(other)}")
@@ -496,7 +492,7 @@ def evaluate_pairs(dist):
     for (a, of_a), (b, of_b) in zip(
             data.eval_loader(images, size, batch_size, dist, workers, title="pairs", keep_empty=True),
             data.eval_loader(other, size, batch_size, dist, workers, keep_empty=True), strict=True):
-        in_a, in_b = torch.isin(of_a, of_b), torch.isin(of_b, of_a)  # both of a pair could be decoded
+        in_a, in_b = torch.isin(of_a, of_b), torch.isin(of_b, of_a)  # pairs of which both images could be decoded
         if in_a.any():
             pairs.add(b[in_b], a[in_a], of_a[in_a])
     count, results = pairs.results(dist)
@@ -504,17 +500,13 @@ def evaluate_pairs(dist):
 
 
 def open_reference(size):
-    """The images of `reference`; those of a folder may have any size, those of an .npz must have the samples'."""
+    """The images of `reference`: in a folder they may have any size, in an .npz they must have the samples'."""
     if reference == "shapes":
-        return data.Shapes("val", 5000, size)  # built-in images
+        return data.Shapes("val", 5000, size)
     other = open_images(reference, "reference")
     check(not isinstance(other, Npz) or side_of(other) == size,
           f"reference={reference} has images of another size than the samples' {size} pixels")
     return other
-
-
-def check_size(size):
-    check(size >= 11, f"{'tokenizer' if tokenizer else 'samples'}: {size} pixels are too few, SSIM needs images of 11")
 
 
 def main():
@@ -524,11 +516,10 @@ def main():
     check(lpips_net in ("vgg", "alex", "none"), f"lpips_net={lpips_net!r}: it is 'vgg', 'alex' or 'none'")
     check(bool(tokenizer) != bool(samples),
           "give either --tokenizer=CHECKPOINT, or --samples=IMAGES with --reference=IMAGES")
-    for name in "tokenizer", "samples":
-        given = constants[name]
-        check(not given or os.path.exists(given), f"{name}={given}: there is no such file or folder")
+    name, given = ("tokenizer", tokenizer) if tokenizer else ("samples", samples)
+    check(os.path.exists(given), f"{name}={given}: there is no such file or folder")
     check(out or not tokenizer.endswith(".py"), f"out is empty: the file of results for {tokenizer}")
-    path = out or os.path.join(os.path.dirname((tokenizer or samples).rstrip("/")), "eval.json")
+    path = out or os.path.join(os.path.dirname(given.rstrip("/")), "eval.json")
     check(os.access(os.path.dirname(path) or ".", os.W_OK) and not os.path.isdir(path), f"out={path} can't be written")
     dist = runtime.Distributed(device, dtype)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to save

@@ -3,17 +3,17 @@
     torchrun --nproc_per_node=8 finetune_decoder.py --init_from=out/tokenizer/checkpoint.pt
     python finetune_decoder.py config/cifar10_finetune.py                     # an experiment for two CPU cores
 
-L_rec = L1 + λ_p LPIPS + λ_q w L_adv (Eq. 6), alone: Table 7's α = 0 is read as "no joint objective". Encoder and
-bottleneck are frozen, so the latents stay what they are, and a generator on them need not be trained again. In three
-phases: reconstruction; from discriminator_start on the discriminator is trained beside it; from adversarial_start on
-the decoder gets its loss too. Writes a tokenizer's checkpoint like stage 1's, with the averaged decoder, log.jsonl and
+The loss is L_rec = L1 + λ_p LPIPS + λ_q w L_adv (Eq. 6) alone; so we read Table 7's α = 0. Encoder and bottleneck are
+frozen, so the latents do not change and a generator trained on them still fits. There are three phases: reconstruction
+alone; from discriminator_start on the discriminator trains beside it; from adversarial_start on its loss reaches the
+decoder. Writes out_dir/checkpoint.pt, a tokenizer like stage 1's but with the averaged decoder, log.jsonl and
 reconstructions.png.
 """
 import copy
+import functools
 import math
 import os
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -22,38 +22,38 @@ from torch.nn.utils.parametrizations import spectral_norm
 import data
 import pretrained
 import runtime
-from model import TCAE, Block, compile_blocks, init_weights, parse_size, to_tokens
+from model import TCAE, compile_blocks
 from runtime import check
 
 # Data
-init_from = "out/tokenizer/checkpoint.pt"  # of joint training: its sizes hold here too
+init_from = "out/tokenizer/checkpoint.pt"  # the tokenizer to finetune; its checkpoint gives the sizes
 data_dir = ""  # as in stage 1; "" = the checkpoint's own
 workers = 8  # loading processes per training process; 0 = load in the training process
 
 # Objective
-lpips_weight = 1.0  # λ_p; 0 = no perceptual loss, and no VGG weights needed
+lpips_weight = 1.0  # λ_p; 0 = no perceptual loss, and no download of VGG
 adversarial_weight = 0.75  # λ_q; 0 = no discriminator
 discriminator_start = 6.0  # epoch from which the discriminator is trained
 adversarial_start = 8.0  # epoch from which its loss counts for the decoder
-discriminator_weights = "dino"  # of the frozen ViT-S/8 under its heads; "random", for tests and experiments
-discriminator_size = "S"  # of that ViT; other sizes only with random weights
+discriminator_weights = "dino"  # of the frozen ViT-S/8 under its heads; or "random", for tests and experiments
+discriminator_size = "S"  # of that ViT; other sizes have random weights only
 discriminator_input = 224  # DINO's input resolution, pixels
-discriminator_augment = True  # DiffAugment: random shifts and colours of all that it sees
+discriminator_augment = True  # DiffAugment: randomly shift and recolour all images that it sees
 
 # Optimisation (Table 7, right)
 epochs = 16  # passes over the data set
 batch_size = 256  # images per step, over all processes
 learning_rate = 2e-4  # at the end of the warm-up
 min_learning_rate = 2e-5  # at the end
-warmup_epochs = 1.0  # over which the rate rises from 0
+warmup_epochs = 1.0  # epochs in which the rate rises from 0
 betas = (0.9, 0.95)  # AdamW, for the decoder and for the discriminator's heads
 weight_decay = 0.0  # of all weights
 grad_clip = 0.0  # largest norm of the decoder's gradient; 0 = no clipping (RAE)
-decoder_ema = 0.9978  # momentum of the averaged decoder, which is the one that is kept (RAE); 0 = the last weights
+decoder_ema = 0.9978  # momentum of the averaged decoder, which is the one to keep (RAE); 0 = the last weights
 
 # The run
 out_dir = "out/finetuned"
-resume = False  # True: go on from out_dir/checkpoint.pt if there is one
+resume = False  # True: continue from out_dir/checkpoint.pt if there is one
 seed = 0  # random seed
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
@@ -61,57 +61,18 @@ compile = "auto"  # torch.compile the blocks: True, False; auto = on CUDA, since
 log_every = 50  # steps
 save_every = 1000  # steps between checkpoints
 eval_every = 1000  # steps between validations, each with a picture
-val_images = 1000  # how many images a validation takes; 0 = all
-
-DINO_WEIGHTS = ("https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
-                "")  # no checksum is published; that every name and shape fits is checked
+val_images = 1000  # images in a validation; 0 = all
 
 FREE = {"init_from", "out_dir", "resume", "device", "workers", "compile", "log_every", "save_every",
         "eval_every", "val_images", "data_dir"}  # constants that a resumed run may change
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The discriminator: trainable heads on a frozen DINO
-
-
-class DINO(nn.Module):
-    """The frozen ViT of DINO, with the parameter names of Meta's checkpoint: images (B, 3, H, W) in [-1, 1] -> five
-    times its patch tokens' features (B, D, N): of the last block, then after a quarter, half, three quarters and all
-    of the depth.
-
-    (RAE zeroes the key bias; softmax is invariant to it.)
-    """
-
-    def __init__(self, size="S", patch_size=8, input_size=224):
-        super().__init__()
-        width, depth, heads = parse_size("discriminator_size", size)
-        self.input_size, self.width = input_size, width
-        self.taps = [round(depth * k / 4) - 1 for k in (1, 2, 3, 4)]  # of 12 blocks: 2, 5, 8 and 11
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch_size, stride=patch_size)})
-        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + (input_size // patch_size) ** 2, width))
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)  # not used here, but the checkpoint has it
-        self.apply(init_weights)
-        self.requires_grad_(False)
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
-
-    def forward(self, images):
-        images = F.interpolate(images, (self.input_size, self.input_size), mode="bilinear")
-        x = (images / 2 + 0.5 - self.mean) / self.std
-        x = to_tokens(self.patch_embed["proj"](x))  # (B, N, D)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
-        features = []
-        for k, block in enumerate(self.blocks):
-            x = block(x)
-            if k in self.taps:
-                features.append(x[:, 1:].transpose(1, 2))  # (B, D, N)
-        return [features[-1], *features]
+# The discriminator: trainable heads on a frozen DINO (which is in pretrained.py)
 
 
 class ImageNorm(nn.InstanceNorm1d):
-    """Instance norm: each channel of (B, D, N) is normalised over the tokens of its own image, in float32. (RAE calls
-    it batch norm, but its groups are single images.)"""
+    """Instance norm in float32: normalises each channel of (B, D, N) over the tokens of one image. (RAE calls it batch
+    norm, but its groups are single images.)"""
 
     def __init__(self, width):
         super().__init__(width, eps=1e-6, affine=True)
@@ -121,8 +82,8 @@ class ImageNorm(nn.InstanceNorm1d):
 
 
 class DiscriminatorHead(nn.Module):
-    """Features (B, D, N) -> logits (B, N): three spectrally normalised 1-D convolutions along the tokens, of kernel 1,
-    9 and 1. The middle one is a residual branch, and the sum is divided by √2."""
+    """Features (B, D, N) -> logits (B, N): three 1-D convolutions along the tokens with spectral norm and kernels 1, 9
+    and 1. The second is a residual branch, whose sum with its input is divided by √2."""
 
     def __init__(self, width):
         super().__init__()
@@ -142,7 +103,7 @@ class DiscriminatorHead(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images (B, 3, H, W) in [-1, 1] -> logits (B, 5 N), high for what looks real. Only the five heads are trained."""
+    """Images (B, 3, H, W) in [-1, 1] -> logits (B, 5 N), high where they look real. Only the five heads train."""
 
     def __init__(self, dino):
         super().__init__()
@@ -154,11 +115,11 @@ class Discriminator(nn.Module):
 
 
 def augment_differentiably(images):
-    """A random shift by up to an eighth of the side, then random brightness, saturation and contrast, per image,
-    (B, 3, H, W): of real and generated images alike, so that the discriminator can't learn the training images by heart
-    (DiffAugment, in RAE's order: what the shift uncovers is grey before the colours change)."""
+    """DiffAugment: shifts each image of (B, 3, H, W) by up to an eighth of its side, then changes its brightness,
+    saturation and contrast. Real images and reconstructions both pass through it, so that the discriminator can't
+    memorise the real ones. The shift comes first, as in RAE: what it uncovers is grey when the colours change."""
     B, _, height, width = images.shape
-    down, right = ((torch.rand(2, B, 1, 1, device=images.device) * 2 - 1) / 8)  # as shares of the sides
+    down, right = ((torch.rand(2, B, 1, 1, device=images.device) * 2 - 1) / 8)  # as fractions of the sides
     rows = torch.arange(height, device=images.device)[:, None] - (down * height).round().long()  # (B, H, 1)
     columns = torch.arange(width, device=images.device) - (right * width).round().long()  # (B, 1, W)
     inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)  # (B, H, W)
@@ -178,16 +139,12 @@ def augment_differentiably(images):
 
 def check_constants(dist):
     """Checks across constants. Each message names the constant and says what to do."""
-    for name in "epochs", "batch_size", "log_every", "save_every", "eval_every":
-        check(globals()[name] > 0, f"{name}={globals()[name]} must be at least 1")
-    check(batch_size % dist.count == 0, f"batch_size={batch_size} must be a multiple of {dist.count} (processes)")
-    check(warmup_epochs <= epochs, f"warmup_epochs={warmup_epochs} is more than epochs={epochs}")
-    check(len(betas) == 2 and max(betas) < 1, f"betas={betas} must be two numbers, each at least 0 and below 1")
+    runtime.check_training(globals(), dist, positive=("eval_every",))
     check(decoder_ema < 1, f"decoder_ema={decoder_ema} must be below 1")
     check(discriminator_start <= adversarial_start,
           f"discriminator_start={discriminator_start} must not be later than adversarial_start={adversarial_start}")
     check(not adversarial_weight or adversarial_start < epochs,
-          f"adversarial_start={adversarial_start} must be earlier than epochs={epochs}, or its loss never counts")
+          f"adversarial_start={adversarial_start} must be earlier than epochs={epochs}, or its loss is never used")
     check(discriminator_weights in ("dino", "random"),
           f"discriminator_weights={discriminator_weights!r}: it is 'dino' or 'random'")
     check(discriminator_weights == "random" or (discriminator_size, discriminator_input) == ("S", 224),
@@ -197,27 +154,9 @@ def check_constants(dist):
           f"discriminator_input={discriminator_input} must be a multiple of 8, at least 16")
 
 
-def load_dino(dino, dist):
-    """The published weights into `dino`, or none, as discriminator_weights says."""
-    if discriminator_weights == "random":
-        return dist.print("the discriminator's backbone is random, not DINO: an experiment")
-    try:
-        path = pretrained.download_weights(*DINO_WEIGHTS, dist)
-    except pretrained.MissingWeights as error:
-        runtime.fail(f"{error}, or do without: --adversarial_weight=0 (no discriminator), or "
-                     "--discriminator_weights=random (an untrained one, for experiments)")
-    try:
-        dino.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:
-        runtime.fail(f"discriminator_weights=dino: {path} is another file or damaged; remove it and start again "
-                     f"({str(error).splitlines()[0]})", everywhere=False)
-
-
 def main():
     constants = runtime.configure(globals())
-    path, saved = runtime.open_run(out_dir, resume, "tokenizer")
-    if saved:
-        runtime.check_resumable(saved["constants"], constants, FREE)
+    path, saved = runtime.open_run(constants, "tokenizer", FREE)  # saved: the checkpoint to resume from, or None
     dist = runtime.Distributed(device, saved["dtype"] if saved else dtype, seed)
     if saved and saved["finished"]:
         dist.print(f"{path} is finished: step {saved['step']}")
@@ -225,22 +164,17 @@ def main():
     check_constants(dist)
     compiled = dist.compiles(compile)
 
-    # Images: those of joint training, unless data_dir says otherwise.
+    # The images of joint training, unless data_dir names others.
     given = saved or runtime.load_checkpoint(init_from, "init_from", kind="tokenizer")
     constants = {**given["constants"], **constants, "data_dir": data_dir or given["constants"]["data_dir"]}
     image_size = constants["image_size"]
-    train, val = (data.open_split(constants["data_dir"], split, image_size, constants["shapes_images"])
-                  for split in ("train", "val"))
-    check(batch_size <= len(train), f"batch_size={batch_size} is more than the {len(train)} training images")
-    check(not saved or saved["images"] == len(train),
-          f"data_dir={constants['data_dir']} has {len(train)} training images; the run in {out_dir} began with "
-          f"{saved and saved['images']}")
+    train, val = data.open_splits(constants["data_dir"], image_size, constants["shapes_images"], batch_size, saved)
     steps_per_epoch = len(train) // batch_size
     steps, warmup_steps = epochs * steps_per_epoch, round(warmup_epochs * steps_per_epoch)
     dist.print(f"{len(train)} training and {len(val)} validation images; {steps} steps of {batch_size}")
 
-    # The tokenizer, of which only the decoder is trained further; its average, which is validated and kept; the
-    # discriminator; LPIPS.
+    # The tokenizer, whose decoder alone trains, and a copy that holds the decoder's average: that one is validated and
+    # kept. LPIPS and the discriminator judge the reconstructions.
     tcae = TCAE.from_checkpoint(given).to(dist.device)
     averaged = copy.deepcopy(tcae)
     decoder = tcae.decoder.requires_grad_(True)
@@ -249,9 +183,12 @@ def main():
     perceptual = pretrained.training_lpips(dist) if lpips_weight else None
     discriminator = None
     if adversarial_weight:
-        torch.manual_seed(seed)  # random weights must be the same ones after a restart
-        dino = DINO(discriminator_size, input_size=discriminator_input)
-        load_dino(dino, dist)
+        torch.manual_seed(seed)  # the same random weights again after a restart
+        dino = pretrained.DINO(discriminator_size, input_size=discriminator_input)
+        if discriminator_weights == "dino":
+            dino.load_published(dist)
+        else:
+            dist.print("the discriminator's backbone is random, not DINO: an experiment")
         discriminator = Discriminator(dino).to(dist.device)
         discriminator_optimizer = torch.optim.AdamW(discriminator.heads.parameters(), lr=learning_rate, betas=betas,
                                                     weight_decay=weight_decay)
@@ -270,9 +207,8 @@ def main():
     def save(step, finished=False):
         if dist.first:
             runtime.save_checkpoint(path, {
-                "kind": "tokenizer", "constants": constants, "dtype": str(dist.dtype).removeprefix("torch."),
-                "revision": runtime.git_revision(), "step": step, "finished": finished, "images": len(train),
-                "tokenizer": averaged.state_dict(), "decoder": decoder.state_dict(),
+                **runtime.header("tokenizer", constants, dist), "step": step, "finished": finished,
+                "images": len(train), "tokenizer": averaged.state_dict(), "decoder": decoder.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 **({"discriminator": discriminator.heads.state_dict(),
                     "discriminator_optimizer": discriminator_optimizer.state_dict()} if discriminator else {})})
@@ -283,7 +219,8 @@ def main():
     wrapped_discriminator = dist.distribute(discriminator) if discriminator else None
     runtime.make_folder(out_dir)
     picture = os.path.join(out_dir, "reconstructions.png")
-    loader = data.TrainLoader(train, data.PlainCrop(image_size), batch_size, start, steps, seed, dist, workers=workers)
+    crop = functools.partial(data.random_crop, size=image_size)
+    loader = data.TrainLoader(train, crop, batch_size, start, steps, seed, dist, short_side=image_size, workers=workers)
     progress = runtime.Progress(out_dir, start, steps, batch_size, dist)
 
     done, stopping = start, False
@@ -294,16 +231,16 @@ def main():
         discriminator_learns = discriminator and step >= discriminator_start * steps_per_epoch
         adversary_counts = discriminator and step >= adversarial_start * steps_per_epoch
 
-        images = data.to_float(next(loader)["images"], dist.device)  # (B, 3, H, W)
+        images = data.to_float(next(loader), dist.device)  # (B, 3, H, W)
 
-        # The encoder is frozen. (decode() would undo the normalisation; here the decoder is called by itself.)
+        # The encoder is frozen. The decoder is called by itself, so the normalisation of z is undone here.
         with dist.autocast():
             with torch.no_grad():
                 latents = tcae.encode(images) * tcae.latent_std + tcae.latent_mean
             reconstruction = wrapped_decoder(latents)
 
-        # L_rec = L1 + λ_p LPIPS, with L1 on pixels in [0, 1] as in RAE. Backprop only to the reconstruction for now:
-        # the decoder's own backward runs once, below.
+        # Eq. 6 without its last term: L1 + λ_p LPIPS, with L1 on pixels in [0, 1] as in RAE. For now backpropagate to
+        # the reconstruction only; the decoder's own backward pass runs once, below.
         terms = {"l1": F.l1_loss(reconstruction, images)}
         rec = terms["l1"] / 2
         if perceptual:
@@ -312,10 +249,10 @@ def main():
         loss = rec.detach()
         gradient, = torch.autograd.grad(rec, reconstruction)  # (B, 3, H, W)
 
-        # Eq. 6: + λ_q w L_adv with L_adv = -mean D(reconstruction). The adaptive weight w = ‖∇L_rec‖ / ‖∇L_adv‖, at the
-        # weights of the decoder's last layer, balances the two gradients (VQGAN).
+        # Eq. 6's last term: λ_q w L_adv, L_adv = -mean D(reconstruction). The adaptive weight w = ‖∇L_rec‖ / ‖∇L_adv‖,
+        # both gradients with respect to the weights of the decoder's last layer, makes the two equally strong (VQGAN).
         if adversary_counts:
-            discriminator.eval()  # no power iteration of the spectral norms here
+            discriminator.eval()  # the spectral norms are updated only where the discriminator trains
             with dist.autocast():
                 adversarial = -discriminator(augment(reconstruction)).mean()
             adv_grad, = torch.autograd.grad(adversarial, reconstruction)
@@ -335,8 +272,8 @@ def main():
         optimizer.zero_grad()
         runtime.update_ema(list(averaged.decoder.parameters()), list(decoder.parameters()), decoder_ema)
 
-        # The discriminator's hinge loss, on fresh reconstructions from the updated decoder, quantised to 8 bits like
-        # real images. As in RAE its rate follows the decoder's schedule, begun when it starts: it ends at 8.2e-5.
+        # The discriminator's hinge loss, on new reconstructions by the updated decoder, rounded to 8 bits like the real
+        # images. Its rate follows the decoder's schedule from its own start on, so it ends at 8.2e-5 (RAE).
         if discriminator_learns:
             discriminator.train()
             with dist.autocast():
@@ -355,7 +292,7 @@ def main():
             discriminator_optimizer.zero_grad()
         progress.add({"loss": loss, **terms, "grad_norm": grad_norm})
 
-        # Log, save, validate: the only place that synchronises with the GPU.
+        # Log, save, validate: nothing else in the loop waits for the GPU.
         done, stopping = step + 1, dist.stop_requested()
         last = done == steps
         validating = done % eval_every == 0 and not last
@@ -371,7 +308,7 @@ def main():
             try:
                 progress.validated(data.validate(averaged, val, image_size, val_images, dist, picture))
             except runtime.Stopped:
-                pass  # SIGTERM in a validation: the next step saves and ends
+                pass  # SIGTERM during a validation: the next step saves and ends the run
     progress.bar.close()
 
     try:

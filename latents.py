@@ -89,15 +89,13 @@ class Foreign(nn.Module):
         self.register_buffer("latent_mean", torch.zeros(network.latent_channels, 1, 1))
         self.register_buffer("latent_std", torch.ones(network.latent_channels, 1, 1))
 
-    def encode(self, images):
+    def encode(self, images, with_tokens=False):
+        """As TCAE.encode; [CLS] and tokens, which are not known here, have no width."""
         z = self.network.encode(images).float()
         expected = len(images), *self.latent_shape
         check(z.shape == expected, f"tokenizer: encode returns {tuple(z.shape)} where its constants say {expected}")
-        return (z - self.latent_mean) / self.latent_std
-
-    def encode_with_tokens(self, images):
-        """As TCAE's, with [CLS] and tokens of width 0: somebody else's are not known."""
-        return images.new_zeros(len(images), 0), images.new_zeros(len(images), 1, 0), self.encode(images)
+        z = (z - self.latent_mean) / self.latent_std
+        return (images.new_zeros(len(images), 0), images.new_zeros(len(images), 1, 0), z) if with_tokens else z
 
     def decode(self, z):
         return self.network.decode(z * self.latent_std + self.latent_mean)
@@ -105,7 +103,8 @@ class Foreign(nn.Module):
 
 @torch.no_grad()
 def measure_latents(tcae, source, image_size, images, workers, dist):
-    """Sets latent_mean and latent_std from centre crops of `images` training images, with sums in float64."""
+    """Measures latent_mean and latent_std, per channel, on centre crops of `images` training images; sums are in
+    float64."""
     tcae.latent_mean.zero_(), tcae.latent_std.fill_(1)
     sums, count = torch.zeros(2, len(tcae.latent_mean), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for pixels, _ in data.eval_loader(source, image_size, data.eval_batch(image_size), dist, workers, images,
@@ -135,8 +134,8 @@ def normalise(path, tcae, images, rebuild, workers, dist):
 
 
 class Pairs:
-    """A source for data.TrainLoader: each image and its mirror image, as latents (2, c, h, w) float16 from the cache,
-    or without one as pixels (2, H, W, 3) uint8."""
+    """A source for data.TrainLoader. Each item is an image and its mirror image: latents (2, c, h, w) float16 from the
+    cache, or, without one, pixels (2, H, W, 3) uint8."""
 
     def __init__(self, images, image_size, store=None):
         self.images, self.image_size, self.store, self.constant = images, image_size, store, images.constant
@@ -171,10 +170,10 @@ def open_store(path, tcae, images, rebuild, count, shape, dtype, dist):
              "files": images.fingerprint()}
     if rebuild and dist.first and os.path.exists(path):
         os.remove(path)
-    dist.wait()  # until the old one is gone
+    dist.wait()  # until the old file is gone
     differences = data.Store.differences(path, about)
     check(not differences, f"cache: {path} was made from something else ({differences}). "
-                           "--rebuild_cache=True makes it anew, another --cache keeps both")
+                           "--rebuild_cache=True replaces it, another --cache keeps both")
     return data.Store(path, about, count, shape, dtype, dist)
 
 
@@ -189,6 +188,6 @@ def fill_cache(path, tcae, images, rebuild, workers, dist):
         z = encode(tcae, both, dist).cpu().unflatten(0, (-1, 2))  # (b, 2, c, h, w)
         store.put(indices.numpy(), z.numpy())
     mine = todo[dist.rank::dist.count]
-    store.state[mine[store.state[mine] == 0]] = 2  # those could not be decoded
+    store.state[mine[store.state[mine] == 0]] = 2  # what is still to do could not be decoded
     store.flush()
     return store

@@ -1,16 +1,16 @@
 """The networks, in the order in which an image meets them.
 
-    Attention, MLP, Block          the transformer, as in ViT (pre-norm); compile_blocks
+    Attention, MLP, Block          the transformer, as in ViT (pre-norm)
     Encoder                        patches -> M blocks -> 2 × 2 tokens become 1 -> the other blocks -> image tokens
-    Bottleneck                     image tokens -> latent: pixel shuffle, then an MLP
-    Unbottleneck, Decoder          the mirror image of both
+    Bottleneck                     image tokens -> latent: pixel unshuffle, then an MLP
+    Unbottleneck, Decoder          both in reverse
     TCAE                           the tokenizer: encode(images) -> z, decode(z) -> images
-    IBOTHead, JointTokenizer       the head of self-supervision; all that stage 1 trains
+    IBOTHead, JointTokenizer       the head for self-supervision; everything that stage 1 trains
     LightningDiT                   the generator, on the tokenizer's latents
-    flow_matching_loss, sample_flow    how it is trained and sampled, side by side
+    flow_matching_loss, sample_flow    how it is trained, and how it is sampled
 
-Images are (B, 3, H, W) in [-1, 1]. A "map" is (B, D, h, w), "tokens" are (B, h * w, D), row by row.
-Sections and tables are those of the paper, arXiv 2604.07340.
+Images are (B, 3, H, W) in [-1, 1]. A map is (B, D, h, w); tokens are (B, h w, D), row by row; their grid is (h, w).
+Equations, sections and tables are the paper's, arXiv 2604.07340.
 """
 from functools import lru_cache
 from typing import NamedTuple
@@ -24,7 +24,7 @@ DIT_SIZES = {**SIZES, "XL": (1152, 28, 16)}
 
 
 def parse_size(name, size, sizes=SIZES):
-    """"S", "B", "L" or "width/depth/heads" -> (width, depth, heads). ValueError for anything else, with the `name`."""
+    """"S", "B", "L" or "width/depth/heads" -> (width, depth, heads), or a ValueError that names the constant `name`."""
     if size in sizes:
         return sizes[size]
     numbers = size.split("/")
@@ -32,7 +32,7 @@ def parse_size(name, size, sizes=SIZES):
         raise ValueError(f"{name}={size!r} is neither one of {', '.join(sizes)} nor width/depth/heads such as 128/4/4")
     width, depth, heads = map(int, numbers)
     if width % heads or width % 4:
-        raise ValueError(f"{name}={size!r}: the width must be divisible by the heads, and by 4 for its positions")
+        raise ValueError(f"{name}={size!r}: the width must be divisible by the heads, and by 4 for the positions")
     return width, depth, heads
 
 
@@ -41,7 +41,7 @@ def parse_size(name, size, sizes=SIZES):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all tokens, (B, N, D) -> (B, N, D); `rope` is for the generator."""
+    """Multi-head self-attention over all tokens, (B, N, D) -> (B, N, D). Only the generator has a `rope`."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -60,15 +60,15 @@ class Attention(nn.Module):
 
 
 def dot_product_attention(q, k, v):
-    """softmax(q kᵀ / √d) v, (B, heads, N, d) each: PyTorch's fused kernel, but for training in bfloat16 on a CPU, where
-    its backward is up to ten times slower than the plain products'."""
+    """softmax(q kᵀ / √d) v for q, k, v (B, heads, N, d), by PyTorch's fused kernel, except when training in bfloat16 on
+    a CPU: there its backward pass is up to ten times slower than plain matrix products."""
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and q.requires_grad:
         return (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
 class MLP(nn.Module):
-    """Two linear layers with a GELU between, over the last dimension."""
+    """Linear, GELU, linear, over the last dimension."""
 
     def __init__(self, inputs, hidden, outputs):
         super().__init__()
@@ -95,16 +95,16 @@ class Block(nn.Module):
 
 
 class MapMLP(MLP):
-    """An MLP over the channels of a map, (B, inputs, h, w) -> (B, outputs, h, w)."""
+    """The MLP over the channels of a map, at each position alone: (B, inputs, h, w) -> (B, outputs, h, w)."""
 
     def forward(self, map):
         return super().forward(map.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def init_weights(module):
-    """For `module.apply`: Xavier for linear layers. Layers without a residual connection around them (compression,
-    expansion, bottleneck) get He's, which keeps the variance through the GELU: otherwise the image's signal would
-    become small beside the position embedding that is added after it. Biases are zero."""
+    """For `module.apply`: Xavier for linear layers, zero biases. Compression, expansion and bottleneck have no residual
+    connection around them; they get He's initialisation, which keeps the variance through the GELU. Otherwise the
+    signal would shrink, and the position embedding that the decoder adds would drown it."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
     elif isinstance(module, nn.Conv2d):
@@ -119,9 +119,9 @@ def init_weights(module):
 
 
 def compile_blocks(*networks):
-    """torch.compile every transformer block in these networks by itself: blocks of one shape share the result."""
+    """Applies torch.compile to each transformer block alone, so that blocks of the same shape share one compilation."""
     torch._dynamo.config.cache_size_limit = 64  # one version per crop size, with and without gradient
-    torch._dynamo.config.optimize_ddp = False  # else every block is cut where DDP's buckets end
+    torch._dynamo.config.optimize_ddp = False  # or every block would be split where DDP's buckets end
     for network in networks:
         for module in network.modules():
             if isinstance(module, (Block, DiTBlock)):
@@ -133,13 +133,13 @@ def compile_blocks(*networks):
 
 
 def patchify(images, patch_size):
-    """Images (B, 3, H, W) -> patches (B, H W / p², 3 p²): the pixels of every p × p square in one row."""
+    """Images (B, 3, H, W) -> patches (B, N, 3 p²), N = H W / p²: each row holds the pixels of a p × p square."""
     return F.pixel_unshuffle(images, patch_size).flatten(2).transpose(1, 2)
 
 
-def to_map(tokens, height, width):
-    """(B, h w, D) -> (B, D, h, w)."""
-    return tokens.transpose(1, 2).unflatten(2, (height, width))
+def to_map(tokens, grid):
+    """(B, h w, D) -> (B, D, h, w), where grid = (h, w)."""
+    return tokens.transpose(1, 2).unflatten(2, grid)
 
 
 def to_tokens(map):
@@ -148,26 +148,25 @@ def to_tokens(map):
 
 
 def regrid(map, factor):
-    """Pixel shuffle to a grid `factor` times coarser, (B, D, h, w) -> (B, D factor², h / factor, w / factor).
-
-    A factor below 1 (1/2, 1/4, …) shuffles the other way, to a finer grid with fewer channels.
-    """
+    """Pixel unshuffle to a grid `factor` times coarser: (B, D, h, w) -> (B, D factor², h / factor, w / factor). Factors
+    1/2, 1/4, … are the inverse, pixel shuffle to a finer grid with fewer channels."""
     return F.pixel_unshuffle(map, round(factor)) if factor >= 1 else F.pixel_shuffle(map, round(1 / factor))
 
 
 @lru_cache(maxsize=32)
-def position_embedding(height, width, reference, dim, device):
-    """Fixed 2-D sine-cosine position embedding, (height * width, dim), amplitude 1.
+def position_embedding(grid, reference, dim, device):
+    """Fixed 2-D sine-cosine position embedding of a grid (h, w) -> (h w, dim), amplitude 1.
 
-    Every grid is rescaled to `reference` × `reference`, aligned at patch centres, so that local crops span the whole
-    range too (iBOT interpolates a learned embedding instead).
+    Every grid is stretched over the same `reference` × `reference` square, aligned at patch centres, so that a local
+    crop's positions span the whole range, too. (iBOT interpolates a learned embedding instead.)
     """
     def encode(count):
         position = (torch.arange(count, dtype=torch.float64) + 0.5) * reference / count - 0.5
         angles = position[:, None] * 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
         return torch.cat([angles.sin(), angles.cos()], dim=1)  # (count, dim / 2)
 
-    rows, columns = encode(height)[:, None].expand(-1, width, -1), encode(width)[None].expand(height, -1, -1)
+    h, w = grid
+    rows, columns = encode(h)[:, None].expand(-1, w, -1), encode(w)[None].expand(h, -1, -1)
     return torch.cat([rows, columns], dim=2).flatten(0, 1).float().to(device)
 
 
@@ -176,15 +175,15 @@ def position_embedding(height, width, reference, dim, device):
 
 
 def compression_layer(width, kind):
-    """2 × 2 tokens -> 1, as maps (B, D, h, w) -> (B, D, h / 2, w / 2); the two rows of Table 8."""
-    if kind == "conv":  # "lightweight two-layer convolution"; with the stride first both layers are cheap
+    """Makes 2 × 2 tokens one: map (B, D, h, w) -> (B, D, h / 2, w / 2). Its two kinds are the rows of Table 8."""
+    if kind == "conv":  # "lightweight two-layer convolution"; the stride comes first, so that both layers are cheap
         return nn.Sequential(nn.Conv2d(width, width, 3, stride=2, padding=1), nn.GELU(),
                              nn.Conv2d(width, width, 3, padding=1))
     return nn.Sequential(nn.PixelUnshuffle(2), MapMLP(4 * width, width, width))
 
 
 def expansion_layer(width, kind):
-    """1 token -> 2 × 2, the mirror image of `compression_layer`."""
+    """The reverse of `compression_layer`, for the decoder: map (B, D, h, w) -> (B, D, 2 h, 2 w)."""
     if kind == "conv":
         return nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GELU(),
                              nn.ConvTranspose2d(width, width, 3, stride=2, padding=1, output_padding=1))
@@ -192,10 +191,11 @@ def expansion_layer(width, kind):
 
 
 class Encoder(nn.Module):
-    """Images -> [CLS] token and image tokens, with staged token compression after block M = stc_depth (Sec. 3.3).
+    """Images -> [CLS] token and image tokens.
 
-    N = H W / p² tokens (Eq. 1) enter. `output_patch` is the side, in pixels, of the square that one output token stands
-    for: p, or 2 p with a compression layer.
+    Patch embedding makes N = H W / p² tokens (Eq. 1). Staged token compression (Sec. 3.3): M = stc_depth blocks run on
+    all N of them, the compression layer merges 2 × 2 into one, and the other blocks run on N / 4. `output_patch` is the
+    side, in pixels, of the square that an output token stands for: p, or 2 p with staged compression.
     """
 
     def __init__(self, image_size, patch_size, size, stc_depth, compression):
@@ -203,7 +203,7 @@ class Encoder(nn.Module):
         width, depth, heads = parse_size("encoder", size)
         self.patch_size, self.width = patch_size, width
         self.output_patch = patch_size * (2 if stc_depth else 1)
-        self.reference = image_size // patch_size  # the grid that position embeddings are laid over
+        self.reference = image_size // patch_size  # side of the grid that positions refer to
         self.patch_embed = nn.Linear(3 * patch_size**2, width)
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
@@ -212,38 +212,40 @@ class Encoder(nn.Module):
         self.coarse_blocks = nn.Sequential(*[Block(width, heads) for _ in range(depth - stc_depth)])  # on N / 4
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.apply(init_weights)
-        # pixels in [-1, 1] are small: with this gain a patch starts about as large as the embedding of its position
+        # Pixels in [-1, 1] are small: this makes the embedding of a patch about as large as that of its position.
         nn.init.normal_(self.patch_embed.weight, std=2 * self.patch_embed.in_features ** -0.5)
 
     def forward(self, images, mask=None):
-        """Images (B, 3, H, W) with H and W multiples of `output_patch` -> [CLS] (B, D), tokens (B, h w, D).
+        """Images (B, 3, H, W), both sides multiples of `output_patch` -> [CLS] (B, D), image tokens (B, h w, D).
 
-        `mask` (B, h, w), True where an *output* token is to be hidden: all patches under it become the mask token,
-        so that every output token is wholly hidden or wholly visible.
+        mask (B, h, w), for iBOT's student: True = hide this *output* token; ssl.MultiCrop draws it, in blocks. The mask
+        token replaces all patches under it (with staged compression 2 × 2), so that each output token is either wholly
+        hidden or wholly visible.
         """
         if images.shape[2] % self.output_patch or images.shape[3] % self.output_patch:
             raise ValueError(f"the sides of images {tuple(images.shape)} must be multiples of {self.output_patch} px")
-        height, width = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
-        x = self.patch_embed(patchify(images, self.patch_size))  # (B, N, D)
+        grid = images.shape[2] // self.patch_size, images.shape[3] // self.patch_size
+        x = self.patch_embed(patchify(images, self.patch_size))  # (B, N, D), Eq. 1
         if mask is not None:
-            if self.compress:
+            if self.compress:  # from the output grid to the input grid, which is twice as fine
                 mask = mask.repeat_interleave(2, dim=1).repeat_interleave(2, dim=2)
             x = torch.where(mask.flatten(1)[:, :, None], self.mask_token.to(x.dtype), x)
-        x = x + position_embedding(height, width, self.reference, self.width, x.device)
+        x = x + position_embedding(grid, self.reference, self.width, x.device)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, D)
         x = self.fine_blocks(x)
-        if self.compress:  # [CLS] bypasses the convolution and rejoins the shorter sequence
-            x, cls = to_map(x[:, 1:], height, width), x[:, :1]
+        if self.compress:  # 2 × 2 image tokens become one; [CLS] bypasses it and rejoins the shorter sequence
+            x, cls = to_map(x[:, 1:], grid), x[:, :1]  # (B, D, H / p, W / p), (B, 1, D)
             x = torch.cat([cls, to_tokens(self.compress(x))], dim=1)  # (B, 1 + N / 4, D)
         x = self.norm(self.coarse_blocks(x))
         return x[:, 0], x[:, 1:]
 
 
 class Bottleneck(nn.Module):
-    """Tokens on a grid -> latent (B, c, H / f, W / f): pixel shuffle to the latent's grid, then an MLP (Sec. 4.1).
+    """Image tokens (B, h w, D) -> latent (B, c, H / f, W / f), Eq. 2: pixel unshuffle puts the factor² tokens of each
+    latent position side by side, and an MLP mixes their channels down to c (Sec. 4.1).
 
-    `factor` = f / (side of a token): factor² tokens become one latent position, f_tok→lat in Eq. 3 (with staged
-    compression a quarter of it). It is below 1 where there are fewer tokens than latent positions (p = 64).
+    factor = f / output_patch; factor² is f_tok→lat in Eq. 3 (with staged compression, a quarter of it). It is below 1
+    where there are fewer tokens than latent positions (p = 64): then each token spreads over 1 / factor² of them.
     """
 
     def __init__(self, width, factor, latent_channels):
@@ -252,13 +254,13 @@ class Bottleneck(nn.Module):
         self.mlp = MapMLP(round(width * factor**2), width, latent_channels)
         self.apply(init_weights)
 
-    def forward(self, tokens, height, width):
-        x = regrid(to_map(tokens, height, width), self.factor)  # (B, D factor², H / f, W / f)
-        return self.mlp(x)
+    def forward(self, tokens, grid):
+        x = regrid(to_map(tokens, grid), self.factor)  # (B, D, h, w) -> (B, D factor², H / f, W / f)
+        return self.mlp(x)  # at each position alone
 
 
 class Unbottleneck(nn.Module):
-    """Latent (B, c, H / f, W / f) -> map (B, D, h, w) on the tokens' grid: the mirror image of `Bottleneck`."""
+    """The reverse of `Bottleneck`: latent (B, c, H / f, W / f) -> map (B, D, h, w) on the tokens' grid."""
 
     def __init__(self, latent_channels, width, factor):
         super().__init__()
@@ -270,9 +272,9 @@ class Unbottleneck(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent (B, c, H / f, W / f) -> images (B, 3, H, W): bottleneck and encoder backwards (Sec. 3.5).
+    """Latent (B, c, H / f, W / f) -> images (B, 3, H, W): the bottleneck and the encoder in reverse (Sec. 3.5).
 
-    A decoder deeper than the encoder keeps the encoder's share of blocks on the fine grid.
+    stc_fraction = M / the encoder's depth: a deeper decoder has the same share of its blocks on the fine grid.
     """
 
     def __init__(self, image_size, patch_size, size, stc_fraction, compression, factor, latent_channels):
@@ -288,30 +290,31 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, 3 * patch_size**2)
         self.apply(init_weights)
-        nn.init.normal_(self.head.weight, std=0.002)  # the first images are grey, not noise to be unlearned
+        nn.init.normal_(self.head.weight, std=0.002)  # so the first images are grey, not noise to unlearn
 
     def forward(self, z):
         x = self.unbottleneck(z)  # (B, D, h, w)
-        height, width = x.shape[2:]
-        x = to_tokens(x).contiguous() + position_embedding(height, width, self.reference, self.width, x.device)
+        grid = x.shape[2:]
+        x = to_tokens(x).contiguous() + position_embedding(grid, self.reference, self.width, x.device)
         x = self.coarse_blocks(x)  # (B, h w, D)
-        if self.expand:  # contiguous and float32, which to_tokens' view and autocast's output are not
-            x = to_tokens(self.expand(to_map(x, height, width))).contiguous().float()  # (B, 4 h w, D)
-            height, width = 2 * height, 2 * width
-        x = self.head(self.norm(self.fine_blocks(x)))  # (B, H W / p², 3 p²)
-        return F.pixel_shuffle(to_map(x, height, width), self.patch_size).float()
+        if self.expand:  # 1 token becomes 2 × 2
+            x = self.expand(to_map(x, grid))  # (B, D, 2 h, 2 w)
+            grid = x.shape[2:]
+            x = to_tokens(x).contiguous().float()  # (B, 4 h w, D); else all fine blocks run on a strided bfloat16 view
+        x = self.head(self.norm(self.fine_blocks(x)))  # (B, N, 3 p²)
+        return F.pixel_shuffle(to_map(x, grid), self.patch_size).float()
 
 
 class TCAE(nn.Module):
     """The tokenizer: encode(images) -> z, decode(z) -> images.
 
-    z (B, c, H / f, W / f) is *already normalised*: `latent_mean` and `latent_std`, (c, 1, 1), are measured at the end
-    of the tokenizer's training and saved with it, so that no later stage can mix the scales up. Until then they are
-    0 and 1.
+    z (B, c, H / f, W / f) is *already normalised* to mean 0 and variance 1 per channel. The buffers `latent_mean` and
+    `latent_std`, (c, 1, 1), are measured on training images at the end of stage 1 (measure_latents in
+    train_tokenizer.py) and saved with the weights, so no later stage can mix up scales. Until then they are 0 and 1.
 
-    image_size: side of the training images, pixels; patch_size p; downsample f; latent_channels c.
-    encoder, decoder: "S", "B", "L" or "width/depth/heads". stc_depth M: 0 = no staged compression.
-    compression: "conv" or "shuffle" (Table 8). Raises ValueError, naming the argument, for sizes that do not fit.
+    image_size: side of the training images, pixels; patch_size p; downsample f; latent_channels c; encoder, decoder:
+    "S", "B", "L" or "width/depth/heads"; stc_depth M: 0 = no staged compression; compression: "conv" or "shuffle"
+    (Table 8). Sizes that do not fit raise a ValueError that names the argument.
     """
 
     CONSTANTS = ("image_size", "patch_size", "downsample", "latent_channels", "encoder", "decoder", "stc_depth",
@@ -333,8 +336,8 @@ class TCAE(nn.Module):
         if max(downsample, token_patch) % min(downsample, token_patch):
             raise ValueError(f"downsample={downsample}: neither a multiple nor a divisor of the {token_patch} pixels "
                              f"that a token stands for (patch_size={patch_size}, stc_depth={stc_depth})")
-        # Eq. 3: f² = f_pix→tok · f_tok→lat. The patch embedding compresses p² : 1, the compression layer another 4 : 1;
-        # what then remains of f² is left to the bottleneck, factor² : 1.
+        # Eq. 3: f² = f_pix→tok · f_tok→lat. Patch embedding compresses p² : 1 and the compression layer 4 : 1; the
+        # bottleneck does the rest of f², factor² : 1.
         factor = downsample / token_patch
         for name, width in ("encoder", encoder_width), ("decoder", decoder_width):
             if width * downsample**2 % token_patch**2:
@@ -349,29 +352,27 @@ class TCAE(nn.Module):
 
     @classmethod
     def from_constants(cls, constants):
-        """The tokenizer that a script's constants, or those in a checkpoint, describe."""
+        """A new tokenizer, as a script's constants or a checkpoint's describe it."""
         return cls(**{name: constants[name] for name in cls.CONSTANTS})
 
     @classmethod
     def from_checkpoint(cls, saved):
-        """The trained tokenizer, frozen, from what stage 1 saved."""
+        """The trained tokenizer, frozen, from stage 1's checkpoint."""
         tcae = cls.from_constants(saved["constants"])
         tcae.load_state_dict(saved["tokenizer"])
         return tcae.eval().requires_grad_(False)
 
-    def encode(self, images):
-        """Images (B, 3, H, W) in [-1, 1] -> z (B, c, H / f, W / f) (Eq. 2), of mean 0 and variance 1 per channel."""
-        return self.encode_with_tokens(images)[2]
-
-    def encode_with_tokens(self, images):
-        """Like `encode`, but -> the encoder's [CLS] (B, D) and image tokens (B, h w, D), and z."""
+    def encode(self, images, with_tokens=False):
+        """Images (B, 3, H, W) in [-1, 1] -> z (B, c, H / f, W / f), normalised; with_tokens: -> the encoder's [CLS]
+        (B, D), its image tokens (B, h w, D), and z."""
         cls, tokens = self.encoder(images)
-        height, width = images.shape[2] // self.encoder.output_patch, images.shape[3] // self.encoder.output_patch
-        z = self.bottleneck(tokens, height, width).float()
-        return cls, tokens, (z - self.latent_mean) / self.latent_std
+        grid = [side // self.encoder.output_patch for side in images.shape[2:]]
+        z = self.bottleneck(tokens, grid).float()  # Eq. 2
+        z = (z - self.latent_mean) / self.latent_std
+        return (cls, tokens, z) if with_tokens else z
 
     def decode(self, z):
-        """z (B, c, H / f, W / f) as `encode` gives it -> images (B, 3, H, W), [-1, 1] but not clipped to it."""
+        """z (B, c, H / f, W / f) from `encode` -> images (B, 3, H, W) in [-1, 1], not clipped."""
         return self.decoder(z * self.latent_std + self.latent_mean)
 
     def forward(self, images):
@@ -380,66 +381,60 @@ class TCAE(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Joint self-supervision (Sec. 3.4); the losses and the views are in ssl.py
+# Joint self-supervision (Sec. 3.4); the losses, crops and masks are in ssl.py
 
 
 class IBOTHead(nn.Module):
-    """Tokens (…, D) -> logits (…, K): MLP, L2 normalisation, cosine with K prototypes; in iBOT [CLS] and patches share
-    one."""
+    """Tokens (…, D) -> logits (…, K): an MLP, then the cosine with each of K prototypes."""
 
     def __init__(self, width, hidden=2048, bottleneck=256, prototypes=8192):
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(),
                                  nn.Linear(hidden, bottleneck))
-        # rows of length 0.58, a linear layer's default, as in iBOT: the longer, the slower their direction changes
+        # Rows of length 0.58, a linear layer's default, as in iBOT: the longer they are, the slower they turn.
         self.prototypes = nn.Parameter(torch.empty(prototypes, bottleneck).uniform_(-1, 1) * bottleneck**-0.5)
         self.apply(init_weights)
 
     def forward(self, tokens):
         x = F.normalize(self.mlp(tokens).float(), dim=-1)
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 is too coarse once divided by a low temperature
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 is too coarse for low temperatures
             return F.linear(x, F.normalize(self.prototypes, dim=-1))
 
 
 class SSLOutput(NamedTuple):
-    """An encoder's output for V B crops, as the SSL loss takes it."""
-    cls_logits: torch.Tensor  # (V B, K), crop by crop
+    """What the SSL losses take from an encoder and its heads."""
+    cls_logits: torch.Tensor  # (2 B, K) of the teacher, ((2 + L) B, K) of the student: crop by crop, global ones first
     patch_logits: torch.Tensor  # (P, K), of the masked tokens of the global crops
     cls: torch.Tensor  # (2 B, D), [CLS] itself of the global crops, for KoLeo
 
 
-class JointTokenizer(nn.Module):
-    """All that stage 1 trains, behind one forward, as DistributedDataParallel requires.
+def ssl_output(encoder, heads, views, student):
+    """The crops in `views` (see Views in train_tokenizer.py) -> SSLOutput. The teacher sees the global crops whole; the
+    student (True) sees them masked, and the local crops. heads: {"cls": IBOTHead, "patch": the same one, or DINOv2's}.
+    """
+    cls, tokens = encoder(views["global_crops"], views["mask"] if student else None)  # (2 B, D), (2 B, h², D)
+    masked = tokens.flatten(0, 1)[views["masked_index"]]  # (P, D); K logits of every token would fill the memory
+    cls_logits, patch_logits = heads["cls"](cls), heads["patch"](masked)
+    if student and len(views["local_crops"]):
+        local_cls, _ = encoder(views["local_crops"])  # (L B, D)
+        cls_logits = torch.cat([cls_logits, heads["cls"](local_cls)])
+    return SSLOutput(cls_logits, patch_logits, cls)
 
-    heads: ModuleDict of "cls" and "patch", the same IBOTHead in iBOT and two in DINOv2; None without SSL."""
+
+class JointTokenizer(nn.Module):
+    """Everything that stage 1 trains: the tokenizer, and heads as in `ssl_output`, or None without self-supervision."""
 
     def __init__(self, tcae, heads=None, masks=True):
         super().__init__()
         self.tcae, self.heads = tcae, heads
         tcae.encoder.mask_token.requires_grad_(heads is not None and masks)  # DDP refuses unused parameters
 
-    def forward(self, images, views=None):
-        """Images (B, 3, H, W) -> their reconstruction, and for `views` (see ssl.collate_crops) the student's SSLOutput
-        for the masked global crops and the local crops."""
+    def forward(self, images, views):
+        """-> the reconstruction of images (B, 3, H, W), and the student's SSLOutput (or None). Both in one call, since
+        DistributedDataParallel sees only what passes through forward()."""
         reconstruction = self.tcae(images)
-        if views is None:
-            return reconstruction, None
-        encoder = self.tcae.encoder
-        student = ssl_output(encoder, self.heads, views["global_crops"], views["masked_index"], views["mask"])
-        if len(views["local_crops"]):
-            local_cls, _ = encoder(views["local_crops"])  # (L B, D)
-            student = student._replace(cls_logits=torch.cat([student.cls_logits, self.heads["cls"](local_cls)]))
-        return reconstruction, student
-
-
-def ssl_output(encoder, heads, crops, masked_index, mask=None):
-    """Global crops (2 B, 3, g, g) -> SSLOutput, of the student with a `mask` (2 B, h, h), of the teacher without.
-
-    masked_index (P,): the masked tokens among all 2 B h². Only they enter the loss, so the head, whose K-wide output is
-    the largest tensor of the step, runs on them alone.
-    """
-    cls, tokens = encoder(crops, mask)  # (2 B, D), (2 B, h², D)
-    return SSLOutput(heads["cls"](cls), heads["patch"](tokens.flatten(0, 1)[masked_index]), cls)
+        student_out = ssl_output(self.tcae.encoder, self.heads, views, student=True) if self.heads else None
+        return reconstruction, student_out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -447,26 +442,27 @@ def ssl_output(encoder, heads, crops, masked_index, mask=None):
 
 
 @lru_cache(maxsize=8)
-def rope_table(height, width, dim, device):
-    """Cosines and sines of 2-D rotary positions, (2, height * width, dim / 2): half of a head's pairs of numbers turn
-    with the row, the other half with the column."""
+def rope_table(grid, dim, device):
+    """Cosines and sines of 2-D rotary positions on a grid (h, w) -> (2, h w, dim / 2): half of a head's pairs of
+    channels rotate with the row, the other half with the column."""
+    h, w = grid
     frequencies = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    rows = (torch.arange(height)[:, None] * frequencies)[:, None].expand(-1, width, -1)
-    columns = (torch.arange(width)[:, None] * frequencies)[None].expand(height, -1, -1)
+    rows = (torch.arange(h)[:, None] * frequencies)[:, None].expand(-1, w, -1)
+    columns = (torch.arange(w)[:, None] * frequencies)[None].expand(h, -1, -1)
     angles = torch.cat([rows, columns], dim=2).flatten(0, 1)  # (N, dim / 2)
     return torch.stack([angles.cos(), angles.sin()]).float().to(device)  # (2, N, dim / 2)
 
 
 def rotate(x, rope):
-    """Rotary position embedding (B, heads, N, d): every pair (x_k, x_{k + d/2}) turned by its angle. (The product
-    of a q and a k turned like this depends on their relative position alone.)"""
+    """Rotary position embedding of x (B, heads, N, d): rotates each pair (x_k, x_{k + d/2}) by its position's angle, so
+    that the product of a query and a key depends only on their relative position."""
     cos, sin = rope
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1).to(x.dtype)
 
 
 class SwiGLU(nn.Module):
-    """fc2(silu(gate) · value), gate and value from fc1, with 2/3 · 4 D hidden units: as many parameters as an MLP."""
+    """fc2(silu(gate) · value), both from fc1; 2/3 · 4 D hidden units make as many parameters as an MLP has."""
 
     def __init__(self, width):
         super().__init__()
@@ -480,7 +476,7 @@ class SwiGLU(nn.Module):
 
 
 class ModulatedRMSNorm(nn.Module):
-    """RMSNorm whose scale and shift come from the condition: norm(x) (1 + scale) + shift."""
+    """norm(x) (1 + scale) + shift, with RMSNorm; scale and shift come from the condition."""
 
     def __init__(self, width):
         super().__init__()
@@ -489,11 +485,12 @@ class ModulatedRMSNorm(nn.Module):
     def forward(self, x, shift, scale):
         """x (B, N, D); shift, scale (B, 1, D)."""
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-        return torch.addcmul(shift, x, self.weight + self.weight * scale)  # fused: one pass over x
+        return torch.addcmul(shift, x, self.weight + self.weight * scale)  # one pass over x
 
 
 class DiTBlock(nn.Module):
-    """A transformer block conditioned by modulation (adaLN-Zero: at first all gates are 0, the block the identity)."""
+    """A transformer block with adaLN-Zero: the condition sets shift, scale and gate of both branches. Gates begin at 0,
+    and so the block as the identity."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -509,9 +506,9 @@ class DiTBlock(nn.Module):
 
 
 class LightningDiT(nn.Module):
-    """Velocity of the flow at z_t: (z_t (B, c, h, w), t (B,) in [0, 1], labels (B,)) -> (B, c, h, w), patch size 1.
+    """The velocity at z_t: z_t (B, c, h, w), t (B,) in [0, 1], labels (B,) -> (B, c, h, w). Each position is a token.
 
-    size: "S", "B", "L", "XL" or "width/depth/heads". The label `classes` is the null class of classifier-free guidance.
+    size: "S", "B", "L", "XL" or "width/depth/heads". Label number `classes` is the null class, for guidance.
     """
 
     def __init__(self, size, latent_channels, latent_size, classes):
@@ -535,32 +532,32 @@ class LightningDiT(nn.Module):
             nn.init.zeros_(layer.weight)
 
     def forward(self, z, t, labels):
-        height, width = z.shape[2:]
+        grid = z.shape[2:]
         x = self.embed(to_tokens(z))  # (B, h w, D)
-        x = x + position_embedding(height, width, self.latent_size, self.width, z.device)
-        rope = rope_table(height, width, self.head_width, z.device)
+        x = x + position_embedding(grid, self.latent_size, self.width, z.device)
+        rope = rope_table(grid, self.head_width, z.device)
         angles = 2 * torch.pi * t.float()[:, None] * self.time_frequencies  # (B, 256)
         condition = self.time_mlp(torch.cat([angles.sin(), angles.cos()], dim=1)) + self.class_embed(labels)  # (B, D)
         for block in self.blocks:
             x = block(x, condition, rope)
         shift, scale = self.modulation(F.silu(condition))[:, None].chunk(2, dim=-1)
-        return to_map(self.head(self.norm(x, shift, scale)), height, width).float()
+        return to_map(self.head(self.norm(x, shift, scale)), grid).float()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Flow matching: z_t = (1 - t) z + t noise moves along the straight line from data (t = 0) to noise (t = 1)
+# Flow matching: z_t = (1 - t) z + t noise goes from data (t = 0) to noise (t = 1) in a straight line
 
 
 def shift_time(t, latent_shape, shift_base=4096):
-    """t' = s t / (1 + (s - 1) t), s = √(c h w / shift_base): larger latents need more noise, so t is shifted towards it
-    (t = 1). s is at least 1, as in RAE. t: tensor in [0, 1]; latent_shape (c, h, w)."""
+    """t' = s t / (1 + (s - 1) t), s = √(c h w / shift_base), at least 1 (RAE). Larger latents need more noise before
+    their content is lost, so this shifts t (a tensor in [0, 1]) towards 1. latent_shape: (c, h, w)."""
     c, h, w = latent_shape
     s = max(1.0, c * h * w / shift_base) ** 0.5
     return s * t / (1 + (s - 1) * t)
 
 
 def flow_matching_loss(model, z, labels, noise, t):
-    """E ‖v(z_t, t, label) - (noise - z)‖², z_t = (1 - t) z + t noise, averaged over all elements -> a scalar.
+    """E ‖v(z_t, t, label) - (noise - z)‖², the mean over all elements: z_t moves with the constant velocity noise - z.
     z, noise (B, c, h, w); t, labels (B,)."""
     t_ = t[:, None, None, None]
     velocity = model((1 - t_) * z + t_ * noise, t, labels)
@@ -568,8 +565,8 @@ def flow_matching_loss(model, z, labels, noise, t):
 
 
 def cfg_velocity(model, labels, null_class, cfg_scale=1.0, cfg_interval=(0.0, 1.0)):
-    """velocity(z, t) with classifier-free guidance, v_null + cfg_scale (v_class - v_null), for t in the interval, and
-    v_class elsewhere. Both come from one call of the model on a doubled batch."""
+    """-> a function velocity(z, t): classifier-free guidance, v_null + cfg_scale (v_class - v_null), for t in the
+    interval, v_class elsewhere. One call of the model, on a doubled batch, gives both."""
     null = torch.full_like(labels, null_class)
 
     def velocity(z, t):  # t is on the CPU, so that comparing it never synchronises
@@ -584,10 +581,10 @@ def cfg_velocity(model, labels, null_class, cfg_scale=1.0, cfg_interval=(0.0, 1.
 
 
 def sample_flow(velocity, noise, steps, method="euler", shift_base=4096):
-    """Integrates dz/dt = velocity(z, t) from noise (t = 1) to data (t = 0) in `steps` steps on the shifted grid.
+    """Integrates dz/dt = velocity(z, t) from noise (B, c, h, w) at t = 1 to data at t = 0, in `steps` shifted steps.
 
-    noise (B, c, h, w). method "euler": one evaluation per step; "heun": two, second order, with a last step of Euler's,
-    to avoid evaluating at t = 0, where the velocity is discontinuous if the data are points.
+    method "euler": one evaluation per step. "heun": two, of second order; its last step is Euler's, since at t = 0
+    itself the velocity is ill-defined (the data are points).
     """
     z = noise
     grid = shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), noise.shape[1:], shift_base).float()

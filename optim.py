@@ -1,24 +1,24 @@
-"""The optimizers of the training loops: AdamW, the paper's, or Muon for the matrices, which needs half of the steps.
+"""The optimizers: AdamW, the paper's, or Muon for the matrices, which took half as many steps in our runs.
 
-    Optimizer            what the constant `optimizer` names
-    Muon, orthogonal     its update
+    Optimizer            both behind one step(), as the constant `optimizer` says
+    Muon, orthogonal     Muon's update
 """
 import torch
 
 OPTIMIZERS = ("adamw", "muon")
-MATRICES = {"attn", "mlp", "fc1", "fc2"}  # in the dotted name of a weight that Muon takes: those inside blocks and MLPs
+MATRICES = {"attn", "mlp", "fc1", "fc2"}  # Muon takes a matrix if one of these is in its dotted name
 
 
 class Optimizer:
-    """What the constant `optimizer` names, to a training loop one thing: "adamw", or "muon" for the matrices inside
-    blocks and MLPs (also compression's, the bottleneck's and the SSL heads') and AdamW for the rest.
+    """The constant `optimizer`: "adamw" for all weights, or "muon" for the matrices inside blocks and MLPs (those of
+    compression, bottleneck and SSL heads, too) and AdamW for the rest.
 
-    The rest is what Muon is not made for. Embeddings, output heads, prototypes: each of their rows stands for itself.
-    Convolutions, tokens, norms, biases: no matrices. Time MLP and adaLN's modulations: they see the condition alone,
-    whose gradient has few directions, and the noise in all the others would be made as large.
+    Muon is not made for the rest. In embeddings, output heads and prototypes each row has a meaning of its own.
+    Convolutions, tokens, norms and biases are not matrices. The time MLP and adaLN's modulations see only the
+    condition; their gradient has few directions, and Muon would amplify the noise in all others to the same size.
 
-    constants: optimizer, learning_rate, betas, weight_decay, muon_rate. undecayed(name, parameter): True for what has
-    no weight decay.
+    constants: optimizer, learning_rate, betas, weight_decay, muon_rate. undecayed(name, parameter): True for
+    parameters without weight decay.
     """
 
     def __init__(self, model, constants, dist, undecayed=lambda name, parameter: False):
@@ -31,12 +31,12 @@ class Optimizer:
         rate, decay = constants["learning_rate"], constants["weight_decay"]
         self.parts = {"adamw": torch.optim.AdamW(groups, lr=rate, betas=constants["betas"], weight_decay=decay,
                                                  fused=dist.device.type in ("cuda", "cpu"))}
-        self.rates = {"adamw": 1.0, "muon": constants["muon_rate"]}  # times the learning rate
+        self.rates = {"adamw": 1.0, "muon": constants["muon_rate"]}  # factors of the learning rate
         if constants["optimizer"] == "muon":
             self.parts["muon"] = Muon(matrices, dist.dtype, weight_decay=decay)
 
     def step(self, learning_rate):
-        """One update with the gradients there are, which are gone then."""
+        """Updates the weights and clears their gradients."""
         for name, part in self.parts.items():
             for group in part.param_groups:
                 group["lr"] = learning_rate * self.rates[name]
@@ -52,13 +52,13 @@ class Optimizer:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al. 2024): W <- W - lr (0.2 √max(rows, columns) U Vᵀ + weight_decay W), where U S Vᵀ is the mean
-    of W's gradients: all directions it points to count the same. With that factor, updates are as large as AdamW's
-    (Moonlight, arXiv 2502.16982).
+    """Muon (Jordan et al. 2024): W <- W - lr (0.2 √max(rows, columns) U Vᵀ + weight_decay W), where U S Vᵀ is the
+    singular value decomposition of the gradient's moving average: the update is equally large in all its directions.
+    The factor makes updates as large as AdamW's (Moonlight, arXiv 2502.16982).
 
-    It is torch.optim.Muon(adjust_lr_fn="match_rms_adamw") but for `dtype`, that of its products: PyTorch's are always
-    in bfloat16, which takes a processor without such products sixteen times as long as float32. (q, k and v are one
-    matrix here: taken apart they learn no better, beyond what two seeds differ by.)
+    The same as torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), except that its matrix products run in `dtype`.
+    PyTorch's always run in bfloat16, which is 16 times slower than float32 on a CPU without bfloat16 instructions.
+    (q, k and v are one matrix here. Splitting them made no difference beyond that between two seeds.)
     """
 
     def __init__(self, matrices, dtype, lr=1e-3, momentum=0.95, weight_decay=0.0):
@@ -74,17 +74,17 @@ class Muon(torch.optim.Optimizer):
                 if not self.state[p]:
                     self.state[p]["mean"] = torch.zeros_like(p)
                 mean = self.state[p]["mean"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(mean, group["momentum"]).to(self.dtype)  # Nesterov's momentum
+                update = p.grad.lerp(mean, group["momentum"]).to(self.dtype)  # Nesterov momentum
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(orthogonal(update), alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
 def orthogonal(matrix, steps=5):
-    """U S Vᵀ -> about U Vᵀ, its singular values between 0.7 and 1.2, by Newton-Schulz: each step applies the odd
-    polynomial a x + b x³ + c x⁵ to all of them. Jordan's coefficients are steep at 0, for the smallest to come up soon.
+    """U S Vᵀ -> about U Vᵀ, by Newton-Schulz iteration: each step applies the polynomial a x + b x³ + c x⁵ to every
+    singular value x, which end between 0.7 and 1.2. Jordan's coefficients are steep at 0, so that small ones grow fast.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix  # the smaller of its two products with itself
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix  # so that x xᵀ is the smaller of two products
     x = x / x.norm().clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.T

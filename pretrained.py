@@ -1,7 +1,8 @@
-"""Networks whose weights others trained: downloads with a checksum, LPIPS, FID's Inception.
+"""Networks with others' weights: downloads with a checksum, LPIPS, the DINO under the discriminator, FID's Inception.
 
     download_weights             a file in torch.hub's cache
     load_lpips, training_lpips   the perceptual distance
+    DINO                         whose features the discriminator looks at
     Inception                    what FID and IS are defined with
 """
 import hashlib
@@ -12,8 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model import Block, init_weights, parse_size, to_tokens
 from runtime import fail
 
+DINO_WEIGHTS = ("https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
+                "")  # no checksum is published; that every name and shape fits is checked
 INCEPTION = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
              "pt_inception-2015-12-05-6726825d.pth", "6726825d")
 
@@ -67,6 +71,53 @@ def training_lpips(dist):
 
     perceptual.net.forward = forward
     return perceptual
+
+
+class DINO(nn.Module):
+    """A frozen ViT with the parameter names of Meta's checkpoint: images (B, 3, H, W) in [-1, 1] -> the features
+    (B, D, N) of its patch tokens five times: after the last block, then after a quarter, half, three quarters and all
+    of the depth. (RAE zeroes the bias of the keys; softmax does not see it.)
+    """
+
+    def __init__(self, size="S", patch_size=8, input_size=224):
+        super().__init__()
+        width, depth, heads = parse_size("discriminator_size", size)
+        self.input_size, self.width = input_size, width
+        self.taps = [round(depth * k / 4) - 1 for k in (1, 2, 3, 4)]  # of 12 blocks: 2, 5, 8 and 11
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch_size, stride=patch_size)})
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + (input_size // patch_size) ** 2, width))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)  # not used here, but in the checkpoint
+        self.apply(init_weights)
+        self.requires_grad_(False)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], persistent=False)
+
+    def load_published(self, dist):
+        """Loads the weights of DINO's ViT-S/8, which are downloaded if need be."""
+        try:
+            path = download_weights(*DINO_WEIGHTS, dist)
+        except MissingWeights as error:
+            fail(f"{error}, or do without: --adversarial_weight=0 (no discriminator), or "
+                 "--discriminator_weights=random (an untrained one, for experiments)")
+        try:
+            self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as error:
+            fail(f"discriminator_weights=dino: {path} is another file or damaged; remove it and start again "
+                 f"({str(error).splitlines()[0]})", everywhere=False)
+
+    def forward(self, images):
+        images = F.interpolate(images, (self.input_size, self.input_size), mode="bilinear")
+        x = (images / 2 + 0.5 - self.mean) / self.std
+        x = to_tokens(self.patch_embed["proj"](x))  # (B, N, D)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        features = []
+        for k, block in enumerate(self.blocks):
+            x = block(x)
+            if k in self.taps:
+                features.append(x[:, 1:].transpose(1, 2))  # (B, D, N)
+        return [features[-1], *features]
 
 
 def resize_like_tensorflow(x, size):

@@ -1,127 +1,32 @@
 """What every script needs to start, log, stop and resume. Nothing here is about images.
 
-    configure            a script's constants, overridden by config files and the command line
-    Distributed          this process among the others: device, precision, sums over all, SIGTERM
-    open_run, make_folder, save_checkpoint, load_checkpoint, check_resumable, fingerprint, latents_of
-    Log, Progress, bar   log.jsonl, and what a terminal or a batch job's log file shows of a run
-    cosine, update_ema   the schedule of the learning rate and of the teacher's momentum; teacher and averaged weights
+    Distributed            this process among the others: device, precision, sums over all of them, SIGTERM
+    open_run, check_training, make_folder    the start of a training script
+    save_checkpoint, load_checkpoint, check_resumable, header, fingerprint, latents_of
+    Log, Progress, bar     log.jsonl, and what a terminal or a batch job's log shows
+    cosine, update_ema     the schedule of learning rate and teacher momentum; moving averages of weights
+
+configure, check and fail are in configurator.py; the scripts call them as runtime.configure and so on.
 """
-import ast
-import difflib
 import hashlib
 import json
 import math
 import os
-import re
-import runpy
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from configurator import check, configure, fail  # noqa: F401
+
 HERE = Path(__file__).parent
 
 
 class Stopped(Exception):
-    """A process got SIGTERM; raised in all of them together."""
-
-
-def fail(message, everywhere=True):
-    """Ends the program with one line on standard error and exit status 1. Only the first of several processes prints
-    it, unless the problem may be this one's alone (everywhere=False)."""
-    rank = int(os.environ.get("RANK", 0))
-    if rank > 0 and everywhere:
-        raise SystemExit(1)
-    raise SystemExit(f"error{f' in process {rank}' if rank else ''}: {message}")
-
-
-def check(condition, message):
-    """`fail(message)` unless `condition`. A message names the constant that is to blame."""
-    if not condition:
-        fail(message)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Constants
-
-
-def configure(script, arguments=None):
-    """Overrides a script's constants, `configure(globals())`, and returns them as a dict.
-
-    Constants are the lower-case names that the script assigns at its top level. Files among `arguments` (default: the
-    command line) are Python and come first, in their order; `--name=value` overrides them. Unknown names, wrong types
-    and negative numbers end the program with one line; `--help` prints every constant with its comment.
-    """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    source = Path(script["__file__"]).read_text()
-    names = [node.targets[0].id for node in ast.parse(source).body
-             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.islower()]
-    if {"-h", "--help"} & set(arguments):
-        print_help(script, source, names)
-        raise SystemExit(0)
-
-    def override(name, value, where):
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            fail(f"{where}: there is no constant {name}" + (f"; did you mean {near[0]}?" if near else " (see --help)"))
-        script[name] = convert(name, value, script[name], where)
-
-    for path in (a for a in arguments if not a.startswith("-")):
-        if not Path(path).is_file():
-            fail(f"there is no config file {path} (constants are given as --name=value)")
-        try:
-            overrides = runpy.run_path(path)
-        except Exception as error:
-            fail(f"{path} is not a config file, or has an error: {type(error).__name__}: {error}")
-        for name, value in overrides.items():
-            if not name.startswith("_"):
-                override(name, value, path)
-    for argument in (a for a in arguments if a.startswith("-")):
-        match = re.fullmatch(r"--([\w-]+)=(.*)", argument, re.DOTALL)
-        if not match:
-            fail(f"{argument}: constants are given as --name=value")
-        override(match[1], match[2], "command line")
-    return {name: script[name] for name in names}
-
-
-def convert(name, value, default, where):
-    """`value`, from a config file or as text from the command line, as the type of `default`."""
-    wanted = type(default)
-    if isinstance(value, str):
-        text = value.strip().strip("\"'")
-        try:
-            value = text if wanted is str else ast.literal_eval(text.capitalize() if wanted is bool else text)
-        except (ValueError, SyntaxError):
-            value = text
-    if default in ("auto", "True", "False") and str(value).lower() in ("true", "false"):
-        value = str(value).capitalize()  # config files have a bool here, the command line often lower case
-    if wanted is int and isinstance(value, float) and value.is_integer():
-        value = int(value)  # 5e4
-    if wanted is float and type(value) is int:
-        value = float(value)
-    if type(value) is not wanted:
-        words = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "a tuple"}
-        fail(f"{where}: {name}={value!r} must be {words[wanted]}, as {default!r} is")
-    for number in value if wanted is tuple else [value] if wanted in (int, float) else []:
-        check(type(number) in (int, float) and 0 <= number < math.inf,
-              f"{where}: {name}={value} must be {'finite numbers' if wanted is tuple else 'finite'}, 0 or more")
-    return value
-
-
-def print_help(script, source, names):
-    """The docstring, then every constant with its default and comment, under the source's own headings."""
-    print(script["__doc__"].strip(), "\n\nconstants, as --name=value or in a config file:")
-    for line in source.splitlines():
-        if line.startswith(("def ", "class ", "@", "# ---")):
-            break
-        if line.startswith("# "):
-            print(f"\n{line[2:]}")
-        elif (match := re.match(r"(\w+) = (.+?)(?:  # (.*))?$", line)) and match[1] in names:
-            print(f"  --{match[1] + '=' + match[2]:<34} {match[3] or ''}")
+    """Some process got SIGTERM; raised in all of them together."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -131,21 +36,21 @@ def print_help(script, source, names):
 class Distributed:
     """This process, alone or among those that torchrun started.
 
-    rank of count; `first` is rank 0, which writes files. device: CUDA, MPS or CPU, whatever there is. dtype:
-    torch.bfloat16 for autocast where that is faster, else torch.float32. stop: True once this process got SIGTERM.
+    rank and count; first: rank 0, which writes the files. device: CUDA, MPS or CPU. dtype, for autocast: torch.bfloat16
+    where that is faster, else torch.float32. stop: True once this process got SIGTERM.
     """
 
     def __init__(self, device="auto", dtype="auto", seed=0):
         self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.first = self.rank == 0
         self.device = self.pick_device(device)
-        if self.count > 1:  # gloo for what is exchanged on the CPU (stop flags, file names), NCCL for GPUs
+        if self.count > 1:  # gloo for what the CPUs exchange (stop flags, file names), NCCL between GPUs
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             torch.distributed.init_process_group(backend)
         check(seed < 2**63, f"seed={seed} must be below 2^63")
         torch.manual_seed(seed)
-        torch.set_float32_matmul_precision("high")  # TF32 for products that stay in float32
-        torch.set_flush_denormal(True)  # below 1e-38 is 0: CPUs are many times slower with such numbers
+        torch.set_float32_matmul_precision("high")  # TF32 for matrix products that stay in float32
+        torch.set_flush_denormal(True)  # numbers below 1e-38 become 0: they slow a CPU down many times
         check(dtype in ("auto", "bfloat16", "float32"), f"dtype={dtype!r}: it is 'auto', 'bfloat16' or 'float32'")
         self.dtype = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and self.bf16_pays() else torch.float32
         self.stop = False
@@ -172,7 +77,8 @@ class Distributed:
             f"{self.device.type.upper()}, {torch.get_num_threads()} threads"
 
     def bf16_pays(self):
-        """Whether bfloat16 is faster: on CUDA if the GPU has it, on a CPU by a 20 ms test. All processes agree."""
+        """Whether bfloat16 is faster: on CUDA if the GPU supports it, on a CPU by a 20 ms test, and then only if it is
+        faster for every process."""
         if self.device.type != "cpu":
             return self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
@@ -189,8 +95,8 @@ class Distributed:
         return votes.item() == self.count
 
     def compiles(self, wanted, pays=False):
-        """Whether to compile the blocks, by the constant `compile`: "True", "False" or "auto", which is yes on CUDA,
-        and on a CPU if it `pays` there and a C++ compiler is installed."""
+        """Whether to compile the blocks. `wanted` is the constant `compile`: "True", "False" or "auto", which means yes
+        on CUDA, and on a CPU if it `pays` and there is a C++ compiler."""
         check(wanted in ("auto", "True", "False"), f"compile={wanted!r}: it is 'auto', True or False")
         if wanted == "True" or wanted == "auto" and pays and self.device.type == "cpu":
             try:
@@ -203,18 +109,18 @@ class Distributed:
         return wanted == "auto" and self.device.type == "cuda"
 
     def autocast(self):
-        """A context in which matrix products are computed in `dtype`."""
+        """A context in which matrix products run in `dtype`."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def distribute(self, model):
-        """The model, wrapped so that its gradients are averaged over all processes."""
+        """The model in DistributedDataParallel, which averages gradients over all processes."""
         if self.count == 1:
             return model
         return torch.nn.parallel.DistributedDataParallel(
             model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def to_device(self, tensor):
-        """The tensor on the device, without waiting for the device's work."""
+        """Copies a tensor to the device without waiting for it."""
         return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(self.device, non_blocking=True)
 
     def sum(self, tensor):
@@ -232,7 +138,7 @@ class Distributed:
         return [item for each in lists for item in each]
 
     def stop_requested(self):
-        """Whether any process got SIGTERM; all must call it. Summed on the CPU, so as not to wait for a GPU."""
+        """Whether any process got SIGTERM. All must call it. The sum is the CPUs', so it does not wait for a GPU."""
         return bool(self.sum(torch.tensor(float(self.stop))))
 
     def print(self, *words):
@@ -240,12 +146,12 @@ class Distributed:
             print(*words, flush=True)
 
     def wait(self):
-        """Waits until every process has come here."""
+        """Waits until every process has called it."""
         if self.count > 1:
             torch.distributed.barrier()
 
     def close(self):
-        """All leave together: one that is gone while the first still draws or measures looks like a failure."""
+        """All processes exit together: one that exits while the first still draws or measures would seem to fail."""
         if self.count > 1:
             self.wait()
             torch.distributed.destroy_process_group()
@@ -255,20 +161,43 @@ class Distributed:
 # Checkpoints and logs
 
 
-def open_run(out_dir, resume, kind):
-    """-> the path of a run's checkpoint, and its contents if there is one to resume from, else None."""
+def open_run(constants, kind, free):
+    """-> the path of a run's checkpoint, and the checkpoint if there is one to resume from, else None. The constants
+    must then be those that the run was begun with, except for the names in `free`."""
+    out_dir = constants["out_dir"]
     path = os.path.join(out_dir, "checkpoint.pt")
-    check(resume or not os.path.exists(path),
-          f"out_dir={out_dir} holds a run already: --resume=True continues it, another --out_dir begins a new one")
     if not os.path.exists(path):
         return path, None
-    state = load_checkpoint(path, "out_dir")
-    check(state.get("kind") == kind, f"out_dir={out_dir} holds a checkpoint of something else: {state.get('kind')}")
-    return path, state
+    check(constants["resume"],
+          f"out_dir={out_dir} holds a run already: --resume=True continues it, another --out_dir begins a new one")
+    saved = load_checkpoint(path, "out_dir")
+    check(saved.get("kind") == kind, f"out_dir={out_dir} holds a checkpoint of something else: {saved.get('kind')}")
+    check_resumable(saved["constants"], constants, free)
+    return path, saved
+
+
+def check_resumable(saved, constants, free):
+    """Fails if constants other than `free` differ from the checkpoint's, naming them."""
+    changed = [f"{name} was {saved.get(name)!r}, is {value!r}" for name, value in constants.items()
+               if name not in free and saved.get(name) != value]
+    check(not changed, "resume=True continues a run with the constants it was begun with, but " + "; ".join(changed)
+          + ". Give the same values, or another out_dir")
+
+
+def check_training(constants, dist, positive=()):
+    """Checks the constants that all training scripts have; those in `positive` must be at least 1, too."""
+    for name in ("epochs", "batch_size", "log_every", "save_every", *positive):
+        check(constants[name] > 0, f"{name}={constants[name]} must be at least 1")
+    batch_size, parts, betas = constants["batch_size"], dist.count * constants.get("accumulate", 1), constants["betas"]
+    check(batch_size % parts == 0, f"batch_size={batch_size} must be a multiple of {parts} (processes × accumulate)")
+    check(len(betas) == 2 and max(betas) < 1, f"betas={betas} must be two numbers, each at least 0 and below 1")
+    for name in ("warmup_epochs", "decay_epoch"):
+        check(constants.get(name, 0) <= constants["epochs"],
+              f"{name}={constants.get(name)} is more than epochs={constants['epochs']}")
 
 
 def make_folder(out_dir):
-    """Makes the folder unless it exists."""
+    """Makes the folder unless it is there."""
     try:
         os.makedirs(out_dir, exist_ok=True)
     except OSError as error:
@@ -277,14 +206,14 @@ def make_folder(out_dir):
 
 
 def save_checkpoint(path, state):
-    """Writes the file whole or not at all: under a temporary name first, then renamed."""
+    """Writes the file under a temporary name and renames it, so that a crash can't leave half a checkpoint."""
     torch.save(state, f"{path}.tmp")
     os.replace(f"{path}.tmp", path)
 
 
 def load_checkpoint(path, name, kind=None):
-    """A checkpoint's contents, on the CPU. `name`: the constant that gave `path`, for messages. kind, if given: what it
-    must be, "tokenizer" or "dit"; a tokenizer must be finished."""
+    """Reads a checkpoint, on the CPU. name: the constant that gave `path`, for messages. kind: "tokenizer" or "dit", if
+    it must be one; a tokenizer must be finished, too."""
     check(Path(path).is_file(), f"{name}={path}: there is no such checkpoint")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -300,7 +229,7 @@ def load_checkpoint(path, name, kind=None):
 
 
 def fingerprint(weights, without=None):
-    """A hash of {name: tensor}, 16 hexadecimal digits, leaving out names that begin with `without`."""
+    """A hash of {name: tensor}, 16 hexadecimal digits; names that begin with `without` are left out."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         if not (without and name.startswith(without)):
@@ -309,20 +238,18 @@ def fingerprint(weights, without=None):
 
 
 def latents_of(saved):
-    """The fingerprint of a tokenizer except its decoder, which can be finetuned without changing the latents."""
+    """What a tokenizer's latents depend on: its fingerprint without the decoder, which finetuning changes."""
     return fingerprint(saved["tokenizer"], without="decoder.")
 
 
-def check_resumable(saved, constants, free):
-    """Fails if constants other than `free` differ from the checkpoint's, naming them."""
-    changed = [f"{name} was {saved.get(name)!r}, is {value!r}" for name, value in constants.items()
-               if name not in free and saved.get(name) != value]
-    check(not changed, "resume=True continues a run with the constants it was begun with, but " + "; ".join(changed)
-          + ". Give the same values, or another out_dir")
+def header(kind, constants, dist):
+    """The first entries of every checkpoint. kind: "tokenizer" or "dit"."""
+    return {"kind": kind, "constants": constants, "dtype": str(dist.dtype).removeprefix("torch."),
+            "revision": git_revision()}
 
 
 def git_revision():
-    """The commit of this code, followed by + if files were changed; "" outside git."""
+    """This code's commit, with a + if files were changed since; "" outside git."""
     def git(*words):
         return subprocess.run(["git", "-C", HERE, *words], capture_output=True, text=True).stdout.strip()
     try:
@@ -332,7 +259,7 @@ def git_revision():
 
 
 def bar(items, dist, **words):
-    """A progress bar over `items`, drawn by the first process, on a terminal only: log files keep every redrawing."""
+    """A progress bar over `items`, drawn by the first process and only on a terminal: a file would keep every frame."""
     return tqdm(items, disable=None if dist.first else True, **words)
 
 
@@ -352,9 +279,9 @@ class Log:
 
 
 class Progress:
-    """What a training loop shows and writes while it runs: the bar, the log, and the check that all numbers are finite.
+    """What a training loop shows and logs: the bar, log.jsonl, and the check that all numbers are finite.
 
-    `add` a step's terms without waiting for the device; `report` waits for it, once for all steps since the last one.
+    `add` keeps a step's terms on the device; `report` waits for it, once for all steps since the last report.
     """
 
     def __init__(self, out_dir, start, steps, batch_size, dist):
@@ -371,8 +298,8 @@ class Progress:
         self.bar.update()
 
     def report(self, lr, waited=0.0):
-        """Logs and shows the means over all processes and all steps since the last report; `waited`: seconds spent
-        waiting for data since then. Fails at the first NaN or infinity, naming step and term."""
+        """Logs and shows the means over all processes and all steps since the last report. waited: seconds spent
+        waiting for data since then. Ends the run at a NaN or an infinity, naming the step and the term."""
         first = self.step - len(self.pending) + 1
         places = [(step, name) for step, terms in enumerate(self.pending, first) for name in terms]
         values = torch.stack([value.float() for terms in self.pending for value in terms.values()])
@@ -398,14 +325,14 @@ class Progress:
         self.start_clock()
 
     def validated(self, psnr):
-        """Logs and shows the PSNR (dB) of a validation, whose time does not count in images/s."""
+        """Logs and shows the PSNR (dB) of a validation, whose time is left out of images/s."""
         self.write(val_psnr=psnr)
         if self.dist.first:
             tqdm.write(f"step {self.step}: validation PSNR {psnr:.2f} dB")
         self.start_clock()
 
     def start_clock(self):
-        """Leaves what was done since the last report, a validation or a picture, out of images/s."""
+        """Starts the time of images/s again, after a validation or a picture."""
         self.since = time.perf_counter()
 
     def write(self, **values):
@@ -414,7 +341,7 @@ class Progress:
 
 
 def cosine(step, steps, base, final, warmup=0):
-    """From 0 linearly to `base` over `warmup` steps, then along half a cosine to `final` at step `steps`."""
+    """Rises linearly from 0 to `base` over `warmup` steps, then falls along half a cosine to `final` at `steps`."""
     if step < warmup:
         return base * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
@@ -422,6 +349,6 @@ def cosine(step, steps, base, final, warmup=0):
 
 
 def update_ema(averaged, trained, momentum):
-    """averaged <- momentum * averaged + (1 - momentum) * trained, for two lists of parameters (EMA or teacher)."""
+    """averaged <- momentum · averaged + (1 - momentum) · trained, for two lists of parameters."""
     with torch.no_grad():
         torch._foreach_lerp_(averaged, trained, 1 - momentum)

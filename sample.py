@@ -4,7 +4,7 @@
     python sample.py --checkpoint=out/dit/checkpoint.pt --classes=207,360 --per_class=4       # of these two classes
     torchrun --nproc_per_node=8 sample.py --num_samples=50000 --cfg_scale=1.5                 # an .npz, for FID
 
-Sample i depends only on (seed, i) and its class; batch size and number of processes change it by rounding at most.
+Sample i depends only on (seed, i) and its class; batch size and number of processes change nothing but rounding.
 Writes out_dir/samples.png, or samples.npz: arr_0 uint8 (N, H, W, 3), as ADM's evaluator reads it, arr_1 classes (N,).
 """
 import os
@@ -18,18 +18,18 @@ from latents import open_tokenizer
 from model import LightningDiT, cfg_velocity, sample_flow
 from runtime import check
 
-checkpoint = "out/dit/checkpoint.pt"  # stage 2's, or the averaged weights of an earlier step, step-N.pt
-tokenizer = ""  # another one of the same latents, with a finetuned decoder; "" = the one that stage 2 was trained with
-use_ema = True  # False: the weights of the last step instead of their average
+checkpoint = "out/dit/checkpoint.pt"  # stage 2's, or averaged weights that it kept, step-N.pt
+tokenizer = ""  # another one of the same latents, with a finetuned decoder; "" = the one that stage 2 used
+use_ema = True  # False: the last step's weights instead of their average
 
 classes = ""  # which ones, as 0,5,7; "" = the first ten for the picture, all for an .npz
 per_class = 8  # samples of each class in the picture
-num_samples = 0  # above 0: write this many to an .npz instead, the same number of each class
+num_samples = 0  # above 0: write this many samples to an .npz instead, as many of each class
 
 steps = 50  # of the sampler
 method = "euler"  # or "heun": second order, at twice the cost per step
 cfg_scale = 1.0  # classifier-free guidance; 1 = none
-cfg_interval = (0.0, 1.0)  # times t, 0 = data, 1 = noise, at which guidance acts
+cfg_interval = (0.0, 1.0)  # guidance acts at times t in this interval; 0 = data, 1 = noise
 seed = 0  # of the noise
 
 out_dir = "out/samples"
@@ -40,7 +40,7 @@ dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where
 
 @torch.no_grad()
 def draw(dit, tcae, indices, labels, shape, shift_base, dist):
-    """Samples `indices` of the classes `labels` -> uint8 (B, H, W, 3) on the CPU."""
+    """Draws the samples `indices`, of the classes `labels` -> uint8 (B, H, W, 3) on the CPU."""
     noise = np.stack([np.random.default_rng([seed, i]).standard_normal(shape, np.float32) for i in indices])
     noise, labels = torch.from_numpy(noise).to(dist.device), torch.tensor(labels, device=dist.device)
     with dist.autocast():
@@ -69,14 +69,14 @@ def main():
               f"classes={classes}: {name!r} is not a class, 0 to {len(names) - 1}")
     labels = np.resize([int(name) for name in chosen], num_samples or per_class * len(chosen))  # in turn, repeated
 
-    # Samples go to a file that all processes fill and that outlives them, so that a stopped run can be continued.
+    # All processes fill one file, which outlives them, so that a stopped run can continue.
     runtime.make_folder(out_dir)
     part = os.path.join(out_dir, "samples.part")
     about = {"generator": runtime.fingerprint(weights), "tokenizer": runtime.fingerprint(tcae.state_dict()),
              "labels": runtime.fingerprint({"": torch.from_numpy(labels)}), "steps": steps, "method": method,
              "cfg_scale": cfg_scale, "cfg_interval": list(cfg_interval), "seed": seed, "dtype": dtype}
     if dist.first and data.Store.differences(part, about):
-        os.remove(part)  # begun with other constants, for other samples
+        os.remove(part)  # it holds other samples, begun with other constants
     store = data.Store(part, about, len(labels), (tcae.image_size, tcae.image_size, 3), np.uint8, dist)
     mine = store.to_do(dist)[dist.rank::dist.count]
     for k in runtime.bar(range(0, len(mine), batch_size), dist, desc="sampling", unit="batch"):
@@ -85,7 +85,7 @@ def main():
         if dist.stop:
             break
     store.flush()
-    if dist.stop_requested():  # asked only here, because processes have different numbers of batches
+    if dist.stop_requested():  # only here, since processes may have different numbers of batches
         dist.print(f"SIGTERM: {part} keeps what is drawn; the same command goes on from there")
         return dist.close()
 

@@ -3,16 +3,16 @@
 iBOT in a paragraph: the teacher, a moving average of the student, sees two global crops of an image and turns [CLS] and
 every token into a distribution over K prototypes. The student sees the same crops with blocks of tokens masked, and
 several small local crops. It has to predict the teacher's [CLS] of each global crop from every *other* crop, L_[CLS],
-and the teacher's tokens where its own are masked, L_MIM. So tokens come to say what an image shows.
+and the teacher's tokens where its own are masked, L_MIM. So tokens learn to say what an image shows.
 
-    IBOTLoss                     L_iBOT = L_[CLS] + L_MIM (Eq. 4); METHODS: in what DINO and DINOv2 differ
-    block_mask, random_mask      which tokens are masked
-    MultiCrop, collate_crops     one image -> its crops and masks; a batch of them
+    IBOTLoss                     L_iBOT = L_[CLS] + L_MIM (Eq. 4); METHODS: how DINO and DINOv2 differ
+    block_mask                   which tokens are masked
+    MultiCrop, collate_crops     one image -> its crops and masks; then a batch of them, as the networks take it
     random_resized_crop, augment, …    pixel arithmetic
 
-Nothing here has parameters: the heads are in model.py. This file shadows the standard library's `ssl`. It therefore
-executes the real one in its own namespace first, and imports numpy, Pillow and torch lazily, so that `import ssl`, in
-urllib or pip too, gives the TLS module as ever, even where those packages are not installed.
+Nothing here has parameters; the heads are in model.py. This file shadows Python's own `ssl`. So it first runs that
+module's code in its own namespace, and it imports numpy, Pillow and torch only when they are used. Whoever imports ssl
+here, urllib and pip among them, still gets the TLS module, even where those packages are not installed.
 """
 import importlib
 import math
@@ -44,7 +44,7 @@ Image, ImageFilter = _Later("PIL.Image"), _Later("PIL.ImageFilter")
 # ----------------------------------------------------------------------------------------------------------------------
 # The loss (Eq. 4)
 
-METHODS = {  # Table 6, right. masks: L_MIM too; untied: patches have a head of their own; sinkhorn: instead of centring
+METHODS = {  # Table 6, right. masks: also L_MIM; untied: a second head, for patches; sinkhorn: instead of centring
     "dino": dict(masks=False, untied=False, sinkhorn=False, koleo_weight=0.0),
     "ibot": dict(masks=True, untied=False, sinkhorn=False, koleo_weight=0.0),
     "dinov2": dict(masks=True, untied=True, sinkhorn=True, koleo_weight=0.1),
@@ -52,13 +52,12 @@ METHODS = {  # Table 6, right. masks: L_MIM too; untied: patches have a head of 
 
 
 class IBOTLoss:
-    """L_iBOT = L_[CLS] + L_MIM: cross-entropies between softmax((teacher - centre) / τ_t) and softmax(student / τ_s).
+    """L_iBOT = L_[CLS] + L_MIM (Eq. 4): cross-entropies H(teacher, student) of distributions over K prototypes.
 
-    The centre is a moving average of the teacher's logits over the global batch: subtracting it keeps one prototype
-    from winning every image, and the low temperature τ_t keeps the output from becoming uniform. There are two, (K,)
-    each: for [CLS], and for masked patches (iBOT takes all patches; here only the masked ones' logits exist).
-
-    DINOv2 takes its targets from `sinkhorn_knopp` instead, without a centre.
+    Teacher: softmax((logits - centre) / τ_t). The centre, a moving average of the logits, keeps one prototype from
+    winning every image; the low τ_t keeps the output from becoming uniform. There are two centres, (K,): for [CLS] and
+    for masked patches (iBOT's is over all patches; here only the masked ones have logits). DINOv2 has none: see
+    sinkhorn_knopp. Student: softmax(logits / τ_s).
     """
 
     def __init__(self, prototypes, device, student_temp=0.1, center_momentum=0.9, sinkhorn=False,
@@ -69,37 +68,39 @@ class IBOTLoss:
         self.batch_sums = {}
 
     def cls_loss(self, student, teacher, teacher_temp):
-        """L_[CLS]. student: logits ((2 + L) B, K), crop by crop, the two global ones first; teacher: logits (2 B, K) ->
-        the loss, and {name: entropy in nats} of the teacher's output, for the log."""
+        """L_[CLS], the mean over all pairs of a teacher's view q and a student's view v ≠ q of the same image.
+
+        teacher: logits (2 B, K), for B images the first global crops, then the second ones; student: logits
+        ((2 + L) B, K), of the same crops and then of L local ones. Also returns, for the log, {name: entropy in nats}.
+        """
         target = self.target("cls", teacher, teacher_temp)  # (2 B, K)
-        batch = len(teacher) // 2
         log_student = (student.float() / self.student_temp).log_softmax(-1)
-        loss, pairs = 0, 0
-        for q, teacher_probs in enumerate(target.split(batch)):  # (B, K)
-            for v, student_log_probs in enumerate(log_student.split(batch)):  # (B, K)
+        batch, loss, pairs = len(teacher) // 2, 0, 0
+        for q, teacher_probs in enumerate(target.split(batch)):  # q = 0, 1: (B, K)
+            for v, student_log_probs in enumerate(log_student.split(batch)):  # v = 0, …, 1 + L: (B, K)
                 if v != q:
                     loss = loss - (teacher_probs * student_log_probs).sum(-1).mean()
                     pairs += 1
         return loss / pairs, {"teacher_entropy": entropy(target).mean(), "batch_entropy": entropy(target.mean(0))}
 
     def mim_loss(self, student, teacher, mask_weight, teacher_temp):
-        """L_MIM: the same crop, v = q, at the masked tokens. student, teacher: logits (P, K); mask_weight (P,) from
-        collate_crops makes the sum over tokens a mean over each crop's masked tokens, then over crops."""
+        """L_MIM: the same view, v = q, at the student's masked tokens. student, teacher: their logits (P, K);
+        mask_weight (P,) sums to 1 / (2 B) over each crop that has a mask: the mean over its tokens, then over crops."""
         target = self.target("patch", teacher, teacher_temp)  # (P, K)
         log_student = (student.float() / self.student_temp).log_softmax(-1)
         return -(mask_weight * (target * log_student).sum(-1)).sum()
 
     def target(self, name, logits, temperature):
-        """The teacher's distributions over the prototypes, (N, K); rows sum to 1. name: "cls" or "patch"."""
+        """The teacher's logits (N, K) -> its distributions (N, K), centred and sharpened. name: "cls" or "patch"."""
         logits = logits.float()
         if self.sinkhorn:
             return sinkhorn_knopp(logits, temperature, self.sum_over_processes)
-        total = torch.cat([logits.sum(0), logits.new_full((1,), len(logits))])  # (K + 1,), the last: how many
+        total = torch.cat([logits.sum(0), logits.new_full((1,), len(logits))])  # (K + 1,); the last is the count
         self.batch_sums[name] = self.batch_sums.get(name, 0) + total
         return ((logits - self.centers[name]) / temperature).softmax(-1)
 
     def update_centers(self):
-        """Once per step, after all its micro-batches: centre <- 0.9 centre + 0.1 mean of the global batch."""
+        """After all micro-batches of a step: centre <- 0.9 centre + 0.1 mean of the global batch."""
         for name, total in self.batch_sums.items():
             logits, count = self.sum_over_processes(total).split([len(total) - 1, 1])
             mean = torch.where(count > 0, logits / count.clamp(min=1), self.centers[name])  # count 0: nothing masked
@@ -108,14 +109,14 @@ class IBOTLoss:
 
 
 def entropy(p):
-    """Of distributions (…, K), in nats."""
+    """The entropy of distributions (…, K), in nats."""
     return -(p * p.clamp(min=1e-12).log()).sum(-1)
 
 
 def sinkhorn_knopp(logits, temperature, sum_over_processes, iterations=3):
-    """DINOv2's replacement for centring: soft assignments (N, K) of all processes' samples in which all prototypes get
-    the same share, exp(logits / temperature) with columns and rows divided by their sums in turn. Rows sum to 1."""
-    q = ((logits - 1) / temperature).exp()  # logits are cosines, at most 1; a factor that all share cancels
+    """DINOv2's replacement for centring: divides the columns and the rows of exp(logits / temperature), (N, K), by
+    their sums in turn. Rows then sum to 1, and each prototype gets about the same share of all processes' samples."""
+    q = ((logits - 1) / temperature).exp()  # logits are at most 1, so nothing overflows; the factor cancels
     for _ in range(iterations):
         q = q / sum_over_processes(q.sum(0)).clamp(min=1e-30)
         q = q / q.sum(1, keepdim=True)
@@ -123,8 +124,8 @@ def sinkhorn_knopp(logits, temperature, sum_over_processes, iterations=3):
 
 
 def koleo(x):
-    """-mean log of the distance to the nearest other row, of rows scaled to length 1, (N, D): it spreads them out
-    (DINOv2's regulariser; Sablayrolles et al. 2019)."""
+    """DINOv2's regulariser, which spreads out the rows of x (N, D): minus the mean log of each row's distance to its
+    nearest neighbour, all scaled to length 1 (Sablayrolles et al. 2019)."""
     x = torch.nn.functional.normalize(x.float(), dim=-1)
     nearest = (x @ x.T).detach().fill_diagonal_(-1).argmax(1)
     return -(torch.nn.functional.pairwise_distance(x, x[nearest]) + 1e-8).log().mean()
@@ -136,15 +137,15 @@ def teacher_temperature(epoch, warmup_epochs, start, end):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Masks, on the encoder's *output* grid: with staged compression every output token is wholly masked or wholly visible
+# Masks and crops (iBOT's recipe, and DINO's; Appendix A takes each method's own: runs/tables.py has DINOv2's)
 
 
 def block_mask(height, width, ratio, rng):
-    """A mask (height, width), True = hidden, made of rectangles until about `ratio` of it is hidden, never more (BEiT).
+    """A mask (height, width), True = hidden. Adds rectangles until about `ratio` of it is hidden, never more (BEiT).
 
-    Rectangles have an aspect of 0.3 to 1/0.3 and cover at least (min(height, width) // 3)² tokens. If less than that is
-    left, the area is drawn between the remainder and the minimum (iBOT): such a block fits only if it overlaps what is
-    masked already, so a mask stays in few pieces.
+    Rectangles have an aspect of 0.3 to 1/0.3 and at least (min(height, width) // 3)² tokens. If less than that is left
+    to hide, the area is drawn between what is left and that minimum (iBOT): such a block fits only where it overlaps
+    others, so masks stay in few pieces.
     """
     mask, wanted = np.zeros((height, width), bool), ratio * height * width
     smallest = (min(height, width) // 3) ** 2
@@ -165,47 +166,45 @@ def block_mask(height, width, ratio, rng):
     return mask
 
 
-def random_mask(grid, rng, mean=0.3, spread=0.2):
-    """A block mask (grid, grid) that hides nothing half of the time, else a share uniform in mean ± spread."""
-    return block_mask(grid, grid, rng.uniform(mean - spread, mean + spread) if rng.random() < 0.5 else 0.0, rng)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Crops (iBOT's recipe, which is DINO's too; Appendix A takes each method's own: runs/tables.py has DINOv2's)
-
-
 class MultiCrop:
     """An image, uint8 (H, W, 3), and an rng -> {"global_crops": uint8 (2, g, g, 3), "local_crops": uint8 (L, l, l, 3),
-    "mask": bool (2, h, h)}, with h = global_size / output_patch."""
+    "mask": bool (2, h, h)}. Masks are drawn on the encoder's *output* grid, h = g / output_patch. Each crop is a random
+    part of the image, resized and flipped at random, then changed in colour (probability 0.8), grey (0.2), blurred and
+    solarized with the probabilities below."""
 
     def __init__(self, global_size, global_scale, local_size, local_scale, local_crops, output_patch, masks=True):
         self.global_size, self.global_scale = global_size, global_scale
         self.local_size, self.local_scale, self.local_crops = local_size, local_scale, local_crops
         self.mask_grid, self.masks = global_size // output_patch, masks
-        self.blur_scale = global_size / 224  # iBOT's radii are for 224 px: a small image is blurred less
-        # the smallest short side for which no crop is upsampled: worst case is area scale[0] and aspect 3/4
+        self.blur_scale = global_size / 224  # iBOT's radii are for 224 px; smaller crops are blurred less
+        # The smallest short side of an image for which no crop is upsampled; the worst is area scale[0], aspect 3/4.
         self.short_side = math.ceil(max(size / math.sqrt(scale[0] * 3 / 4) for size, scale in
                                         [(global_size, global_scale), (local_size, local_scale)]))
 
     def __call__(self, pixels, rng):
         def crop(size, scale, blur, solarize):
             return augment(random_resized_crop(pixels, size, scale, rng), rng, blur, solarize, self.blur_scale)
+
+        def mask():  # half of the time it hides nothing, else 10 to 50 % of the tokens
+            ratio = rng.uniform(0.3 - 0.2, 0.3 + 0.2) if self.masks and rng.random() < 0.5 else 0.0
+            return block_mask(self.mask_grid, self.mask_grid, ratio, rng)
+
         local_crops = [crop(self.local_size, self.local_scale, 0.5, 0.0) for _ in range(self.local_crops)]
         return {
             "global_crops": np.stack([crop(self.global_size, self.global_scale, 1.0, 0.0),
                                       crop(self.global_size, self.global_scale, 0.1, 0.2)]),
             "local_crops": np.array(local_crops, np.uint8).reshape(-1, self.local_size, self.local_size, 3),
-            "mask": np.stack([random_mask(self.mask_grid, rng) if self.masks else
-                              np.zeros((self.mask_grid, self.mask_grid), bool) for _ in range(2)]),
+            "mask": np.stack([mask(), mask()]),
         }
 
 
 def collate_crops(views):
-    """Collated views, (B, crops, …) each -> crop by crop, as JointTokenizer.forward takes them.
+    """MultiCrop's views of B images, stacked to (B, crops, …), -> the order in which the networks take them, crop by
+    crop: the first crop of every image, then the second of every image, …
 
-    {"global_crops": (2 B, g, g, 3), "local_crops": (L B, l, l, 3), "mask": (2 B, h, h), "masked_index": (P,) of the
-    masked tokens among all 2 B h h, "mask_weight": (P,): all masked tokens of one crop share 1 / (2 B)}. Computed in
-    the loading worker, because nonzero() on a GPU would force a synchronisation.
+    {"global_crops": (2 B, g, g, 3), "local_crops": (L B, l, l, 3), "mask": (2 B, h, h), "masked_index": (P,), the
+    masked tokens' numbers among all 2 B h h, "mask_weight": (P,), 1 / (2 B · masked tokens of the crop)}. The index is
+    made here, in the loading worker, since nonzero() on a GPU would synchronise.
     """
     views = {name: batch.transpose(0, 1).flatten(0, 1) for name, batch in views.items()}
     tokens = views["mask"].flatten(1)  # (2 B, h h)
@@ -215,13 +214,13 @@ def collate_crops(views):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pixel arithmetic. While its colours change, an image is float32 (3, H, W), 0 to 255, and changes in place: allocating
-# new memory would take longer than the arithmetic
+# Pixel arithmetic. Colours change in place, as float32 (3, H, W) from 0 to 255: allocating memory would take longer
+# than the arithmetic
 
 
 def random_resized_crop(pixels, size, scale, rng):
-    """A random part of an image, uint8 (H, W, 3): `scale` (low, high) of its area, aspect 3/4 to 4/3, resized to
-    (size, size, 3) and flipped half the time."""
+    """A random part of an image, uint8 (H, W, 3), resized to (size, size, 3) and flipped half of the time. `scale`
+    (low, high): its share of the area; its aspect is 3/4 to 4/3."""
     height, width, _ = pixels.shape
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
@@ -238,42 +237,42 @@ def random_resized_crop(pixels, size, scale, rng):
 
 
 def grey(image):
-    """Brightness as the eye has it (ITU-R 601), (H, W)."""
+    """Brightness, (H, W), with the weights of ITU-R 601."""
     return 0.299 * image[0] + 0.587 * image[1] + 0.114 * image[2]
 
 
 def mix(image, other, factor):
-    """image <- factor * image + (1 - factor) * other. A factor above 1 leads away from the other image."""
+    """image <- factor · image + (1 - factor) · other. A factor above 1 leads away from the other."""
     image *= factor
     image += (1 - factor) * other
     np.clip(image, 0, 255, out=image)
 
 
 def shift_hue(image, turn):
-    """Hue, as HSV has it, turned by a fraction of the circle, -0.5 to 0.5.
+    """Turns the hue of HSV by a fraction of the colour circle, -0.5 to 0.5.
 
     The circle has six steps, with red at 0, green at 2 and blue at 4. A channel has the pixel's highest value up to one
-    step from its own place, the lowest from two steps on, and in between it falls evenly. Everything is counted in
-    steps times (highest - lowest): so nothing is divided, and grey is no special case. Whole numbers of 16 bits are
-    faster here than floats.
+    step from its own place, the lowest value from two steps on, and falls linearly in between. All positions are scaled
+    by highest - lowest: this avoids divisions and a special case for grey, and 16-bit integers, which are faster, do.
     """
     red, green, blue = whole = np.rint(image, out=image).astype(np.int16)
     lowest, highest = whole.min(0), whole.max(0)
     step = highest - lowest
     two, circle = 2 * step, 6 * step
+    # A pixel's hue is the place of its highest channel, moved towards the second highest. (np.where would be slower.)
     is_red = red == highest
     is_green = (green == highest) & ~is_red
     is_blue = ~(is_red | is_green)
-    hue = is_red * (green - blue) + is_green * (blue - red + two) + is_blue * (red - green + 2 * two)
+    hue = is_red * (green - blue) + is_green * (two + blue - red) + is_blue * (2 * two + red - green)
     hue += np.rint(np.float32(6 * turn) * step).astype(np.int16)
     for channel in range(3):
-        away = np.abs(hue - channel * two)
-        away = np.minimum(away, np.abs(circle - away))  # the other way around may be shorter
-        image[channel] = lowest + two - np.minimum(np.maximum(away, step), two)
+        distance = np.abs(hue - channel * two)
+        distance = np.minimum(distance, np.abs(circle - distance))  # the other way around may be shorter
+        image[channel] = lowest + two - np.minimum(np.maximum(distance, step), two)
 
 
 def color_jitter(image, rng, brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1):
-    """The four changes in random order, each by a random amount."""
+    """Brightness, contrast, saturation and hue change by random amounts, in random order."""
     def factor(strength):
         return rng.uniform(1 - strength, 1 + strength)
 
@@ -284,8 +283,7 @@ def color_jitter(image, rng, brightness=0.4, contrast=0.4, saturation=0.2, hue=0
 
 
 def augment(pixels, rng, blur, solarize, blur_scale):
-    """uint8 (H, W, 3) -> the same after colour jitter, grey, blur with probability `blur`, solarize with probability
-    `solarize`."""
+    """Colour jitter, grey, blur and solarization of uint8 (H, W, 3), each with its probability."""
     image = pixels.transpose(2, 0, 1).astype(np.float32, order="C")  # (3, H, W)
     if rng.random() < 0.8:
         color_jitter(image, rng)

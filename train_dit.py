@@ -3,9 +3,9 @@
     python train_dit.py config/shapes_dit.py                                     # after stage 1's demo
     torchrun --nproc_per_node=8 train_dit.py --tokenizer=out/tokenizer/checkpoint.pt --data_dir=imagenet
 
-The first run encodes the data set and its mirror image once, into latents.cache (ImageNet at 8 × 8 × 128: 42 GB on
-disk, memory-mapped); if it is interrupted, the next run continues. The tokenizer's settings come from its checkpoint;
-somebody else's is a Python file (latents.py). Writes out_dir/checkpoint.pt, log.jsonl and samples.png.
+First it encodes all images and their mirror images into latents.cache (ImageNet at 8 × 8 × 128: 42 GB on disk,
+memory-mapped). If that is interrupted, the next run continues. The tokenizer's settings come from its checkpoint;
+another tokenizer than ours is a Python file (latents.py). Writes out_dir/checkpoint.pt, log.jsonl and samples.png.
 """
 import copy
 import os
@@ -24,14 +24,14 @@ from runtime import check
 tokenizer = "out/tokenizer/checkpoint.pt"  # stage 1's checkpoint, or a file.py with another tokenizer
 data_dir = ""  # as in stage 1; "" = the tokenizer's own
 cache = ""  # the file of latents; "" = out_dir/latents.cache
-rebuild_cache = False  # True: encode again although there is a cache (of another tokenizer or data)
-cache_latents = True  # False: encode every batch on the fly instead: the same batches, slower, without a cache
+rebuild_cache = False  # True: encode again, replacing a cache of another tokenizer or other data
+cache_latents = True  # False: no cache; encode every batch on the fly, which gives the same batches but is slower
 workers = 4  # loading processes per training process; 0 = load in the training process
 
 # Generator
 size = "XL"  # S, B, L, XL (675 M) or width/depth/heads such as 192/6/6
 label_dropout = 0.1  # share of labels replaced by the null class, for guidance
-shift_base = 4096  # latents of more dimensions have t shifted towards noise, by √(dimensions / shift_base)
+shift_base = 4096  # latents with more dimensions get t shifted towards noise, by √(dimensions / shift_base)
 
 # Optimisation (RAE's recipe; 80 epochs for the ablations, 800 for Table 4)
 epochs = 80  # passes over the data set
@@ -39,22 +39,22 @@ batch_size = 1024  # images per step, over all processes
 accumulate = 1  # micro-batches per step and process: less memory, the same gradient
 learning_rate = 2e-4  # after the warm-up
 min_learning_rate = 2e-5  # at the end, if it decays
-decay_epoch = 0.0  # from this epoch to the last the rate falls linearly (RAE's 800 epochs: 40); 0 = it is constant
-warmup_steps = 0  # over which the rate rises from 0
-optimizer = "adamw"  # or "muon": Muon for the matrices inside blocks, AdamW for the rest (optim.py)
+decay_epoch = 0.0  # from this epoch to the last, the rate falls linearly (40 for RAE's 800 epochs); 0 = constant
+warmup_steps = 0  # steps in which the rate rises from 0
+optimizer = "adamw"  # or "muon": Muon for matrices in blocks, AdamW for the rest (optim.py)
 muon_rate = 3.0  # Muon's learning rate, times learning_rate
 betas = (0.9, 0.95)  # AdamW
 weight_decay = 0.0  # of all weights
 grad_clip = 1.0  # largest norm of the gradient; 0 = no clipping
-ema_momentum = 0.9995  # of the averaged weights, which are the ones to sample from
+ema_momentum = 0.9995  # of the averaged weights, which sample.py uses
 
 # The run
 out_dir = "out/dit"
-resume = False  # True: go on from out_dir/checkpoint.pt if there is one
+resume = False  # True: continue from out_dir/checkpoint.pt if there is one
 seed = 0  # random seed
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
-compile = "auto"  # torch.compile the blocks: True, False; auto = on CUDA, in a long run on a CPU with a C++ compiler
+compile = "auto"  # torch.compile the blocks: True, False; auto = on CUDA, or in a long run on a CPU with a C++ compiler
 log_every = 100  # steps
 save_every = 5000  # steps between checkpoints, each in place of the last
 keep_every = 0  # steps between averaged weights that are kept, to sample from, in out_dir/step-N.pt; 0 = none
@@ -68,27 +68,21 @@ FREE = {"out_dir", "resume", "device", "workers", "compile", "accumulate", "log_
 
 
 def check_constants(dist):
-    """Checks across constants. Each message names the constant."""
-    for name in "epochs", "batch_size", "accumulate", "log_every", "save_every", "sample_every", "sample_steps", \
-            "shift_base":
-        check(globals()[name] > 0, f"{name}={globals()[name]} must be at least 1")
+    """Checks across constants. Each message names the constant and says what to do."""
+    runtime.check_training(globals(), dist, positive=("accumulate", "sample_every", "sample_steps", "shift_base"))
     for name in "label_dropout", "ema_momentum":
         check(globals()[name] <= 1, f"{name}={globals()[name]} must be between 0 and 1")
-    check(len(betas) == 2 and max(betas) < 1, f"betas={betas} must be two numbers, each at least 0 and below 1")
-    check(decay_epoch <= epochs, f"decay_epoch={decay_epoch} must not be later than epochs={epochs}")
     check(optimizer in optim.OPTIMIZERS, f"optimizer={optimizer!r}: it is {' or '.join(optim.OPTIMIZERS)}")
-    shares = dist.count * accumulate
-    check(batch_size % shares == 0, f"batch_size={batch_size} must be a multiple of {shares} (processes × accumulate)")
     try:
         with torch.device("meta"):
             LightningDiT(size, 1, 1, 1)
-    except ValueError as error:  # before an hour of encoding
+    except ValueError as error:  # now, not after an hour of encoding
         runtime.fail(error)
 
 
 @torch.no_grad()
 def draw_samples(ema, tcae, shape, class_names, path, dist):
-    """A grid of EMA samples, four of each of the first ten classes; the noise is the same every time."""
+    """Draws a grid of EMA samples, four of each of the first ten classes, from the same noise every time."""
     rng, columns, null_class = np.random.default_rng(seed), min(10, len(class_names)), len(class_names)
     labels = torch.arange(columns).repeat(4).to(dist.device)
     noise = torch.from_numpy(rng.standard_normal((len(labels), *shape), np.float32)).to(dist.device)
@@ -101,22 +95,20 @@ def draw_samples(ema, tcae, shape, class_names, path, dist):
 
 def main():
     constants = runtime.configure(globals())
-    path, resumed = runtime.open_run(out_dir, resume, "dit")
-    if resumed:
-        runtime.check_resumable(resumed["constants"], constants, FREE)
+    path, resumed = runtime.open_run(constants, "dit", FREE)  # resumed: the checkpoint to go on from, or None
     dist = runtime.Distributed(device, resumed["dtype"] if resumed else dtype, seed)
     if resumed and resumed["finished"]:
         dist.print(f"{path} is finished: step {resumed['step']}")
         return dist.close()
     check_constants(dist)
-    dist.compiles(compile)  # fails now, not after an hour of encoding, if compile=True doesn't work here
+    dist.compiles(compile)  # if compile=True doesn't work here, fail now, not after an hour of encoding
     runtime.make_folder(out_dir)
 
     # The tokenizer, frozen
     tcae = open_tokenizer(tokenizer, dist, generator=resumed)
     channels, side, _ = shape = tcae.latent_shape
 
-    # The data: a source of latents, or of pixels that are encoded in every step
+    # The data: latents from the cache, or pixels to encode in every step
     images = data.open_split(data_dir or tcae.data_dir, "train", tcae.image_size, tcae.shapes_images)
     classes = len(images.classes)
     check(batch_size <= len(images), f"batch_size={batch_size} is more than the {len(images)} training images")
@@ -136,7 +128,7 @@ def main():
     steps, decay_step = epochs * steps_per_epoch, round((decay_epoch or epochs) * steps_per_epoch)
 
     # The generator, its averaged weights and its optimizer
-    torch.manual_seed(seed)  # again, whatever random numbers encoding has taken
+    torch.manual_seed(seed)  # again: encoding may have used random numbers
     model = LightningDiT(size, channels, side, classes).to(dist.device)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = optim.Optimizer(model, constants, dist)
@@ -149,14 +141,15 @@ def main():
         optimizer.load_state_dict(resumed["optimizer"])
         dist.print(f"resumed from {path} at step {start}")
     trained, averaged = list(model.parameters()), list(ema.parameters())
-    # On a CPU, compiling takes 10 to 40 s and saves a quarter of every step: worth it in a run of minutes. Constants
-    # alone decide, so that a resumed run decides the same.
-    operations = 6 * sum(p.numel() for p in trained) * side**2 * batch_size * steps  # 6 per weight and token
+    # On a CPU, compiling takes 10 to 40 s and saves a quarter of every step, so it pays in a run of minutes. Constants
+    # alone decide, so that a resumed run decides alike.
+    operations = 6 * sum(p.numel() for p in trained) * side**2 * batch_size * steps  # 6 for each weight and token
     if dist.compiles(compile, pays=operations > 2e13):
         compile_blocks(model, ema)
     wrapped = dist.distribute(model)
 
-    loader = data.TrainLoader(source, None, batch_size, start, steps, seed, dist, accumulate, workers)
+    loader = data.TrainLoader(source, None, batch_size, start, steps, seed, dist, micro_batches=accumulate,
+                              workers=workers)
     progress = runtime.Progress(out_dir, start, steps, batch_size, dist)
     picture = os.path.join(out_dir, "samples.png")
 
@@ -166,9 +159,9 @@ def main():
         lr = (learning_rate + (min_learning_rate - learning_rate) * decayed) * min(1, (step + 1) / max(1, warmup_steps))
 
         total = 0
-        for part in range(accumulate):
-            # Each example has its own stream of random numbers, the same for any number of processes. It decides:
-            # mirror image or not; the time t, logit-normal(0, 1); the noise; and whether the label is dropped.
+        for micro_batch in range(accumulate):
+            # Each example has its own random numbers, the same for any number of processes. They decide: mirror image
+            # or not; the time t, logit-normal(0, 1); the noise; and whether the label is dropped.
             batch = next(loader)
             rngs = [np.random.default_rng([seed, 0, step // steps_per_epoch, i]) for i in batch["index"].tolist()]
             mirrored = torch.tensor([rng.random() < 0.5 for rng in rngs])
@@ -177,27 +170,27 @@ def main():
             dropped = torch.tensor([rng.random() < label_dropout for rng in rngs])
             labels = torch.where(dropped, classes, batch["label"])
 
-            # The latents z of the images or of their mirror images, already normalised per channel.
+            # The latents z of the images or their mirror images, normalised per channel by TCAE.encode.
             pair, mirrored, t, noise, labels = map(dist.to_device, (batch["pair"], mirrored, t, noise, labels))
             z = torch.where(mirrored[:, None, None, None], pair[:, 1], pair[:, 0])
             z = (z if store else encode(tcae, z, dist)).float()
 
-            # Flow matching (Sec. 4.1): the model predicts the velocity noise - z at z_t = (1 - t) z + t noise. The
-            # larger the latent, the further t is shifted towards noise.
-            if dist.count > 1:  # gradients are exchanged once a step
-                wrapped.require_backward_grad_sync = part == accumulate - 1
+            # Flow matching (Sec. 4.1): at z_t = (1 - t) z + t noise the model predicts the velocity noise - z, by mean
+            # squared error. The larger the latent, the further t is shifted towards noise.
+            if dist.count > 1:  # processes exchange their gradients once a step
+                wrapped.require_backward_grad_sync = micro_batch == accumulate - 1
             with dist.autocast():
                 loss = flow_matching_loss(wrapped, z, labels, noise, shift_time(t, shape, shift_base))
             (loss / accumulate).backward()
             total = total + loss.detach() / accumulate
 
-        # Update the weights, and the average of them that samples are drawn with.
+        # Update the weights, and their moving average, which is the one to sample from.
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or float("inf"))
         optimizer.step(lr)
         runtime.update_ema(averaged, trained, ema_momentum)
         progress.add({"loss": total, "grad_norm": grad_norm})
 
-        # Log, save, draw samples: the only place that waits for the device. A NaN ends the run before it is saved.
+        # Log, save, draw samples: nothing else in the loop waits for the device. A NaN ends the run before it is saved.
         done, stopping = step + 1, dist.stop_requested()
         last = done == steps
         drawing, saving = done % sample_every == 0 or last, done % save_every == 0 or stopping or last
@@ -207,8 +200,7 @@ def main():
             loader.report_bad_files()
         if (saving or keeping) and dist.first:
             to_sample = {
-                "kind": "dit", "constants": constants, "dtype": str(dist.dtype).removeprefix("torch."),
-                "revision": runtime.git_revision(), "step": done, "finished": last, "images": len(images),
+                **runtime.header("dit", constants, dist), "step": done, "finished": last, "images": len(images),
                 "classes": images.classes, "latents_of": tcae.latents_of, "latent_shape": shape,
                 "latent_mean": tcae.latent_mean, "latent_std": tcae.latent_std, "ema": ema.state_dict()}
             if keeping:

@@ -2,9 +2,9 @@
 
     python train_tokenizer.py config/shapes_tokenizer.py                      # a laptop, minutes, no data needed
     torchrun --nproc_per_node=8 train_tokenizer.py --patch_size=8             # the paper's run, ImageNet in imagenet/
-    python train_tokenizer.py --out_dir=out/x --resume=True                   # goes on where it stopped
+    python train_tokenizer.py --out_dir=out/x --resume=True                   # continues a stopped run
 
-L = α L_rec + L_iBOT (Eq. 5), L_rec = L1 + λ_p LPIPS (Eq. 6; its adversarial term belongs to finetune_decoder.py). The
+L = α L_rec + L_iBOT (Eq. 5), L_rec = L1 + λ_p LPIPS (Eq. 6; its adversarial term comes in finetune_decoder.py). The
 defaults are Table 7's left column. Writes out_dir/checkpoint.pt, log.jsonl and reconstructions.png.
 """
 import copy
@@ -13,6 +13,7 @@ import os
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.data import default_collate
 
 import data
 import optim
@@ -25,27 +26,27 @@ from runtime import check
 
 # Data
 data_dir = "imagenet"  # folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or "shapes" for built-in images
-image_size = 256  # side of the reconstructed crop, pixels
-shapes_images = 20000  # how many shapes to train on, with data_dir = "shapes"
+image_size = 256  # side of the crop to reconstruct, pixels
+shapes_images = 20000  # how many shapes to train on if data_dir = "shapes"
 workers = 8  # loading processes per training process; 0 = load in the training process
 
 # Tokenizer
 patch_size = 8  # p, pixels (Table 3: 64, 32, 16, 8)
-downsample = 32  # f: pixels per side of one latent position
+downsample = 32  # f: side of one latent position, pixels
 latent_channels = 128  # c (Table 10: 256, Table 11: 32)
 encoder = "S"  # S, B, L or width/depth/heads such as 128/4/4
 decoder = "S"  # the same (Fig. 8)
-stc_depth = 6  # M: the compression layer follows block M; 0 = no staged compression (Table 6 calls that M = 12)
+stc_depth = 6  # M: the compression layer follows block M; 0 = no staged compression (M = 12 in Table 6)
 compression = "conv"  # or "shuffle" (Table 8)
 
 # Objective
-alpha = 0.1  # α, weight of the reconstruction (Table 9); L1 is on [-1, 1], twice that on [0, 1]: the paper does not say
-lpips_weight = 1.0  # λ_p; 0 = no perceptual loss, and no VGG weights needed
+alpha = 0.1  # α, weight of L_rec (Table 9); our L1 is on pixels in [-1, 1], twice that on [0, 1]: the paper is silent
+lpips_weight = 1.0  # λ_p; 0 = no perceptual loss, and no download of VGG
 
 # Self-supervision
 ssl_method = "ibot"  # or "dino", "dinov2" (Table 6), "none"
 prototypes = 8192  # K, outputs of the head
-head_hidden = 2048  # width of the head's MLP
+head_hidden = 2048  # hidden units of the head's MLP
 global_crop_size = 224  # pixels
 global_crop_scale = (0.25, 1.0)  # share of the image's area
 local_crops = 10  # how many per image
@@ -53,7 +54,7 @@ local_crop_size = 96  # pixels
 local_crop_scale = (0.05, 0.25)  # share of the image's area
 teacher_momentum = 0.996  # rises to 1 along a cosine
 teacher_temp = (0.04, 0.07)  # τ_t at the start and after its warm-up; lower it if teacher_entropy stays near log K
-teacher_temp_warmup_epochs = 30.0  # over which τ_t rises, however long the run (iBOT)
+teacher_temp_warmup_epochs = 30.0  # epochs in which τ_t rises, however long the run (iBOT)
 freeze_prototypes_epochs = 1.0  # epochs in which the head's last layer is frozen
 
 # Optimisation (Table 7, left)
@@ -62,16 +63,16 @@ batch_size = 512  # images per step, over all processes
 accumulate = 1  # micro-batches per step and process: the same gradient, except for dinov2's KoLeo and Sinkhorn
 learning_rate = 1e-3  # at the end of the warm-up
 min_learning_rate = 1e-6  # at the end
-warmup_epochs = 5.0  # over which the rate rises from 0
-optimizer = "adamw"  # or "muon": Muon for the matrices inside blocks and MLPs, AdamW for the rest (optim.py)
+warmup_epochs = 5.0  # epochs in which the rate rises from 0
+optimizer = "adamw"  # or "muon": Muon for matrices in blocks and MLPs, AdamW for the rest (optim.py)
 muon_rate = 3.0  # Muon's learning rate, times learning_rate
 betas = (0.9, 0.95)  # AdamW
 weight_decay = 0.04  # of matrices; biases, norms and tokens have none
-grad_clip = 3.0  # largest norm of the whole gradient (iBOT clips each tensor's); 0 = no clipping
+grad_clip = 3.0  # largest norm of the whole gradient (iBOT clips each tensor's own); 0 = no clipping
 
 # The run
 out_dir = "out/tokenizer"
-resume = False  # True: go on from out_dir/checkpoint.pt if there is one
+resume = False  # True: continue from out_dir/checkpoint.pt if there is one
 seed = 0  # random seed
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
@@ -79,8 +80,8 @@ compile = "auto"  # torch.compile the blocks: True, False; auto = on CUDA, since
 log_every = 50  # steps
 save_every = 1000  # steps between checkpoints
 eval_every = 1000  # steps between validations, each with a picture
-val_images = 1000  # how many images a validation takes; 0 = all
-stats_images = 50000  # training images that the latents' mean and std are measured on
+val_images = 1000  # images in a validation; 0 = all
+stats_images = 50000  # training images to measure the latents' mean and std on
 
 FREE = {"out_dir", "resume", "device", "workers", "compile", "accumulate", "log_every", "save_every", "eval_every",
         "val_images", "data_dir"}  # constants that a resumed run may change
@@ -90,19 +91,16 @@ def check_constants(dist):
     """Checks across constants. Each message names the constant and says what to do."""
     check(ssl_method in (*ssl.METHODS, "none"), f"ssl_method={ssl_method!r}: it is {', '.join(ssl.METHODS)} or none")
     check(optimizer in optim.OPTIMIZERS, f"optimizer={optimizer!r}: it is {' or '.join(optim.OPTIMIZERS)}")
-    for name in "epochs", "batch_size", "accumulate", "log_every", "save_every", "eval_every", "image_size", \
-            "patch_size", "downsample", "latent_channels", "prototypes", "head_hidden", "global_crop_size", \
-            "local_crop_size", "stats_images", "shapes_images":
-        check(globals()[name] > 0, f"{name}={globals()[name]} must be at least 1")
-    shares = dist.count * accumulate
-    check(batch_size % shares == 0, f"batch_size={batch_size} must be a multiple of {shares} (processes × accumulate)")
-    check(ssl_method != "dinov2" or batch_size > shares,
-          f"batch_size={batch_size} must be at least {2 * shares}: KoLeo compares a micro-batch's images")
-    for name in ("warmup_epochs",) + (("freeze_prototypes_epochs",) if ssl_method != "none" else ()):
-        check(globals()[name] <= epochs, f"{name}={globals()[name]} is more than epochs={epochs}")
+    runtime.check_training(globals(), dist, positive=(
+        "accumulate", "eval_every", "image_size", "patch_size", "downsample", "latent_channels", "prototypes",
+        "head_hidden", "global_crop_size", "local_crop_size", "stats_images", "shapes_images"))
+    micro_batches = dist.count * accumulate
+    check(ssl_method != "dinov2" or batch_size > micro_batches,
+          f"batch_size={batch_size} must be at least {2 * micro_batches}: KoLeo compares a micro-batch's images")
+    check(ssl_method == "none" or freeze_prototypes_epochs <= epochs,
+          f"freeze_prototypes_epochs={freeze_prototypes_epochs} is more than epochs={epochs}")
     check(teacher_momentum <= 1, f"teacher_momentum={teacher_momentum} must be between 0 and 1")
     check(len(teacher_temp) == 2 and min(teacher_temp) > 0, f"teacher_temp={teacher_temp} must be two numbers above 0")
-    check(len(betas) == 2 and max(betas) < 1, f"betas={betas} must be two numbers, each at least 0 and below 1")
     for name in ("global_crop_scale", "local_crop_scale"):
         pair = globals()[name]
         check(len(pair) == 2 and 0 < pair[0] <= pair[1] <= 1, f"{name}={pair} must be two shares, 0 < low <= high <= 1")
@@ -118,27 +116,29 @@ def check_constants(dist):
 
 
 class Views:
-    """What a step needs of one image: the crop to reconstruct and, with self-supervision, iBOT's crops and masks."""
+    """What a step sees of each image: the plain crop to reconstruct and, unless multi_crop is None, ssl.MultiCrop's two
+    global crops with their masks and L local crops. Runs in the loading workers."""
 
     def __init__(self, multi_crop):
         self.image_size, self.multi_crop = image_size, multi_crop
-        self.short_side = max(image_size, multi_crop.short_side if multi_crop else 0)  # of a decoded JPEG
+        self.short_side = max(image_size, multi_crop.short_side if multi_crop else 0)  # of a JPEG, pixels to decode
 
     def __call__(self, image, rng):
+        """One image -> its views, {"images": uint8 (H, W, 3), "global_crops": uint8 (2, g, g, 3), …}."""
         pixels = np.array(image)
-        views = {"images": data.random_crop(pixels, self.image_size, rng)}
+        views = {"images": data.random_crop(pixels, rng, self.image_size)}
         return {**views, **self.multi_crop(pixels, rng)} if self.multi_crop else views
 
-    def prepare(self, batch):
-        images = batch.pop("images")  # (B, H, W, 3)
+    def collate(self, examples):
+        """The views of B images -> a micro-batch, {"images": (B, H, W, 3), "global_crops": (2 B, g, g, 3), …}."""
+        batch = default_collate(examples)
+        images = batch.pop("images")
         return {"images": images, **(ssl.collate_crops(batch) if self.multi_crop else {})}
 
 
 def main():
     constants = runtime.configure(globals())
-    path, saved = runtime.open_run(out_dir, resume, "tokenizer")
-    if saved:
-        runtime.check_resumable(saved["constants"], constants, FREE)
+    path, saved = runtime.open_run(constants, "tokenizer", FREE)  # saved: the checkpoint to resume from, or None
     dist = runtime.Distributed(device, saved["dtype"] if saved else dtype, seed)
     if saved and saved["finished"]:
         dist.print(f"{path} is finished: step {saved['step']}")
@@ -147,25 +147,20 @@ def main():
     compiled = dist.compiles(compile)
 
     # Images.
-    train, val = (data.open_split(data_dir, split, image_size, shapes_images) for split in ("train", "val"))
-    data.check_same_classes(train, val)
-    check(batch_size <= len(train), f"batch_size={batch_size} is more than the {len(train)} training images")
-    check(not saved or saved["images"] == len(train),
-          f"data_dir={data_dir} has {len(train)} training images; the run in {out_dir} began with "
-          f"{saved and saved['images']}")
+    train, val = data.open_splits(data_dir, image_size, shapes_images, batch_size, saved)
     steps_per_epoch = len(train) // batch_size
     steps, warmup_steps = epochs * steps_per_epoch, round(warmup_epochs * steps_per_epoch)
     dist.print(f"{len(train)} training and {len(val)} validation images, {len(train.classes)} classes; "
                f"{steps} steps of {batch_size}")
 
-    # The tokenizer, and LPIPS to judge its reconstructions.
+    # The tokenizer, and LPIPS, which judges its reconstructions.
     try:
         tcae = TCAE.from_constants(constants).to(dist.device)
-    except ValueError as error:  # sizes that do not fit; it names the constant
+    except ValueError as error:  # sizes that do not fit; the message names the constant
         runtime.fail(error)
     perceptual = pretrained.training_lpips(dist) if lpips_weight else None
 
-    # Self-supervision: the student is the tokenizer's own encoder with a head; the teacher starts as a copy of both.
+    # Self-supervision. The student is the tokenizer's own encoder with a head; the teacher begins as a copy of both.
     heads = multi_crop = None
     if ssl_method != "none":
         method = ssl.METHODS[ssl_method]
@@ -198,8 +193,8 @@ def main():
     def save(step, finished=False):
         if dist.first:
             runtime.save_checkpoint(path, {
-                "kind": "tokenizer", "constants": constants, "dtype": str(dist.dtype).removeprefix("torch."),
-                "revision": runtime.git_revision(), "step": step, "finished": finished, "images": len(train),
+                **runtime.header("tokenizer", constants, dist), "step": step, "finished": finished,
+                "images": len(train),
                 "tokenizer": tcae.state_dict(), "optimizer": optimizer.state_dict(),
                 **({"heads": heads.state_dict(), "teacher": teacher.state_dict(), "centers": ibot.centers}
                    if heads else {})})
@@ -209,27 +204,33 @@ def main():
     wrapped = dist.distribute(model)
     runtime.make_folder(out_dir)
     picture = os.path.join(out_dir, "reconstructions.png")
-    loader = data.TrainLoader(train, Views(multi_crop), batch_size, start, steps, seed, dist, accumulate, workers)
+    transform = Views(multi_crop)
+    loader = data.TrainLoader(train, transform, batch_size, start, steps, seed, dist, collate=transform.collate,
+                              short_side=transform.short_side, micro_batches=accumulate, workers=workers)
     progress = runtime.Progress(out_dir, start, steps, batch_size, dist)
 
     done, stopping = start, False
     for step in range(start, steps):
-        # Data has its own random numbers; this seed only matters if you add dropout.
-        torch.manual_seed(hash((seed, step, dist.rank)) % 2**63)
+        torch.manual_seed(hash((seed, step, dist.rank)) % 2**63)  # unused, unless you add dropout: data has its own rng
         lr = runtime.cosine(step, steps, learning_rate, min_learning_rate, warmup_steps)
         temperature = ssl.teacher_temperature(step / steps_per_epoch, teacher_temp_warmup_epochs, *teacher_temp)
 
         step_terms = {}
-        for part in range(accumulate):
+        for micro_batch in range(accumulate):
+            # images (B, 3, H, W): the plain crops to reconstruct. With self-supervision also ssl.MultiCrop's crops and
+            # masks, collated by ssl.collate_crops: global_crops (2 B, 3, g, g), the first one of every image, then the
+            # second ones; their mask (2 B, h, h) on the encoder's output grid; masked_index and mask_weight (P,) of
+            # the P masked tokens; local_crops (L B, 3, l, l).
             views = {name: data.to_float(x, dist.device) if x.dtype == torch.uint8 else
                      x.to(dist.device, non_blocking=True) for name, x in next(loader).items()}
-            images = views["images"]  # (B, 3, H, W)
-            if dist.count > 1:  # gradients are exchanged once a step
-                wrapped.require_backward_grad_sync = part == accumulate - 1
+            images = views["images"]
+            if dist.count > 1:  # processes exchange their gradients once a step
+                wrapped.require_backward_grad_sync = micro_batch == accumulate - 1
 
-            # Reconstruct one plain crop of each image, and show the student the masked and the local crops.
+            # One call, for DDP's sake: tcae reconstructs the images, decode(encode(images)), and its encoder, now the
+            # student, sees the masked global crops and the local ones.
             with dist.autocast():
-                reconstruction, student_out = wrapped(images, views if heads else None)
+                reconstruction, student_out = wrapped(images, views)
 
             # Eq. 6: L_rec = L1 + λ_p LPIPS.
             terms = {"l1": F.l1_loss(reconstruction, images)}
@@ -239,17 +240,17 @@ def main():
                 rec = rec + lpips_weight * terms["lpips"]
             loss = alpha * rec
 
-            # Eq. 4: L_iBOT = L_[CLS] + L_MIM. Targets: the teacher's outputs on the unmasked global crops. Gradients
-            # reach only the encoder and the heads, not the bottleneck or the decoder.
+            # Eq. 4: L_iBOT = L_[CLS] + L_MIM: the student predicts the teacher's distributions over the prototypes, of
+            # [CLS] in each global crop from every other crop, and of the tokens where it is masked and the teacher is
+            # not. Gradients reach the encoder and the heads only.
             if heads:
                 with torch.no_grad(), dist.autocast():
-                    target = ssl_output(teacher["encoder"], teacher["heads"], views["global_crops"],
-                                        views["masked_index"])
-                terms["cls"], entropies = ibot.cls_loss(student_out.cls_logits, target.cls_logits, temperature)
-                terms["mim"] = ibot.mim_loss(student_out.patch_logits, target.patch_logits, views["mask_weight"],
+                    teacher_out = ssl_output(teacher["encoder"], teacher["heads"], views, student=False)
+                terms["cls"], entropies = ibot.cls_loss(student_out.cls_logits, teacher_out.cls_logits, temperature)
+                terms["mim"] = ibot.mim_loss(student_out.patch_logits, teacher_out.patch_logits, views["mask_weight"],
                                              temperature)
                 ssl_loss = terms["cls"] + terms["mim"]
-                if method["koleo_weight"]:
+                if method["koleo_weight"]:  # DINOv2
                     terms["koleo"] = method["koleo_weight"] * sum(ssl.koleo(crop) for crop in student_out.cls.chunk(2))
                     ssl_loss = ssl_loss + terms["koleo"]
                 terms.update(entropies)  # only logged
@@ -259,21 +260,21 @@ def main():
             for name, term in {"loss": loss, **terms}.items():
                 step_terms[name] = step_terms.get(name, 0) + term.detach() / accumulate
 
-        # Freeze the prototypes at first, as in DINO: the teacher's outputs mean nothing yet.
+        # Freeze the prototypes at first, as DINO does: the teacher's outputs mean nothing yet.
         if heads and step < freeze_prototypes_epochs * steps_per_epoch:
             for head in heads.values():
                 head.prototypes.grad = None
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf"))
         optimizer.step(lr)
 
-        # Update the centres, and the teacher as an average of the student, with momentum rising to 1.
+        # Update the centres, and the teacher as a moving average of the student whose momentum rises to 1.
         if heads:
             ibot.update_centers()
             momentum = runtime.cosine(step, steps, teacher_momentum, 1.0)
             runtime.update_ema(list(teacher.parameters()), list(student.parameters()), momentum)
         progress.add({**step_terms, "grad_norm": grad_norm})
 
-        # Log, save, validate: the only place that synchronises with the GPU.
+        # Log, save, validate: nothing else in the loop waits for the GPU.
         done, stopping = step + 1, dist.stop_requested()
         last = done == steps
         validating = done % eval_every == 0 and not last
@@ -289,10 +290,10 @@ def main():
             try:
                 progress.validated(data.validate(tcae, val, image_size, val_images, dist, picture))
             except runtime.Stopped:
-                pass  # SIGTERM in a validation: the next step saves and ends
+                pass  # SIGTERM during a validation: the next step saves and ends the run
     progress.bar.close()
 
-    # What the later stages need: latents of mean 0 and variance 1 in every channel.
+    # Later stages need latents of mean 0 and variance 1 in every channel: measure latent_mean and latent_std.
     try:
         if not stopping:
             measure_latents(tcae, train, image_size, stats_images, workers, dist)

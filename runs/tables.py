@@ -6,8 +6,7 @@
     python runs/tables.py --cost=True                        # parameters, operations, hours: computed, not measured
 
 A row's name is its constants (PARTS): p8-stc-none is p = 8 with staged token compression, without self-supervision.
-Tables that share a row share its runs, in out_dir/ROW. Paths are relative to the project's folder. About cfg_scales:
-LightningDiT's 6.7 to 10 act on 3 of its 32 channels, ours on all channels, so smaller ones are tried first.
+Tables that share a row share its runs, in out_dir/ROW. Paths are relative to the project's folder.
 """
 import json
 import os
@@ -28,8 +27,8 @@ from torchvision.models import vgg16
 import finetune_decoder
 import runtime
 import train_tokenizer
-from finetune_decoder import DINO, DiscriminatorHead
 from model import IBOTHead, LightningDiT, TCAE
+from pretrained import DINO
 from runs.baselines import dc_ae
 from runtime import check
 
@@ -43,7 +42,7 @@ out_dir = ""  # "" = out/tables-SCALE
 scale = "imagenet"  # or "shapes": everything tiny, on built-in images; a smoke test, ignore the numbers
 gpus = 0  # processes of each run; 0 = 8, for shapes 1
 accumulate = 1  # micro-batches per step of the tokenizer, for less memory (DINOv2's KoLeo then sees part of the batch)
-cfg_scales = (1.25, 1.5, 2.0, 3.0, 4.0, 6.7, 10.0)  # tried for the columns "with guidance", whose scale the paper omits
+cfg_scales = (1.25, 1.5, 2.0, 3.0, 4.0, 6.7, 10.0)  # tried for "with guidance"; the paper omits its scale
 tflops = 396.0  # for --cost: what a GPU reaches, 10¹² operations per second; 40 % of an H100's peak in bfloat16
 
 PARTS = {  # of a row's name: the constants of train_tokenizer.py that they set; stc_depth is 0 without stc, m3 and m9
@@ -55,8 +54,7 @@ PARTS = {  # of a row's name: the constants of train_tokenizer.py that they set;
     "c32": dict(latent_channels=32), "c256": dict(latent_channels=256),
     "alpha1": dict(alpha=1.0), "alpha10": dict(alpha=10.0),
     "none": dict(ssl_method="none"), "dino": dict(ssl_method="dino"),
-    # DINOv2's own settings. Half of the crops are masked by 10 to 50 % there too. The logits of a GPU's 64 images then
-    # take 1 GB for every copy in float32, which fits; DINOv2's batches of thousands don't, and the paper's are of 512.
+    # DINOv2's own settings, except for its batches of thousands. With K = 65536 a GPU's 64 images have 1 GB of logits.
     "dinov2": dict(ssl_method="dinov2", prototypes=65536, teacher_momentum=0.992, global_crop_scale=(0.32, 1.0),
                    local_crops=8, local_crop_scale=(0.05, 0.32)),
     "system": dict(),  # the tokenizer of the name before it, its decoder finetuned; 800 epochs of the generator
@@ -119,9 +117,9 @@ PAPER = {(row, column): number for _, columns, rows in TABLES.values() if isinst
 
 SHARED = {  # by all rows of a scale: the stages' scripts with what they are given, how many samples are measured, and
     # at which of the generator's steps, for figure6 (ten checkpoints of 2.7 GB for each of its rows)
-    "imagenet": dict(joint=["train_tokenizer.py"], finetuning=["finetune_decoder.py"],
-                     generator=["train_dit.py"], longer=["--epochs=800", "--decay_epoch=40"],
-                     samples=50000, few_samples=10000, kept=range(10000, 100001, 10000)),
+    "imagenet": dict(joint=["train_tokenizer.py"], finetuning=["finetune_decoder.py"], generator=["train_dit.py"],
+                     longer=["--epochs=800", "--decay_epoch=40"], samples=50000, few_samples=10000,
+                     kept=range(10000, 100001, 10000)),
     "shapes": dict(joint=["train_tokenizer.py", "config/toy_tokenizer.py"],
                    finetuning=["finetune_decoder.py", "config/toy_finetune.py"],
                    generator=["train_dit.py", "config/toy_dit.py"], longer=["--epochs=2", "--decay_epoch=1"],
@@ -285,8 +283,9 @@ def count(function):
 def coding_cost(network, image):
     """Operations to encode and to decode an image; those of attention's products in both."""
     z = network.encode(image)
-    (encode, attention_1), (decode, attention_2) = count(lambda: network.encode(image)), count(lambda: network.decode(z))
-    return encode, decode, attention_1 + attention_2
+    encode, attention = count(lambda: network.encode(image))
+    decode, more_attention = count(lambda: network.decode(z))
+    return encode, decode, attention + more_attention
 
 
 def joint_cost(constants):
@@ -313,7 +312,7 @@ def finetuning_cost(constants):
     and their mean over the epochs."""
     *_, encode, decode, _, step = joint_cost({**constants, "ssl_method": "none"})
     network = DINO(constants["discriminator_size"], input_size=constants["discriminator_input"])
-    head, image = DiscriminatorHead(network.width), torch.zeros(1, 3, *2 * [constants["image_size"]])
+    head, image = finetune_decoder.DiscriminatorHead(network.width), torch.zeros(1, 3, *2 * [constants["image_size"]])
     dino, attention = count(lambda: network(image))
     heads = sum(count(lambda: head(features))[0] for features in network(image))
     # The discriminator learns from a real image and one that is decoded for it, with DINO only run; the decoder's loss

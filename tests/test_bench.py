@@ -103,8 +103,17 @@ def test_both_recipes_give_the_same_views(tiny):
 
 
 def test_data_and_run_tables(tiny, monkeypatch):
+    load, sizes = data.ImageFolder.load, set()
+
+    def note_size(source, i, short_side=0):
+        image = load(source, i, short_side)
+        sizes.add((short_side > 0, *image.size))
+        return image
+
+    monkeypatch.setattr(data.ImageFolder, "load", note_size)
     monkeypatch.setattr(bench, "seconds", lambda task, dist: (task(), 0.5)[1])
     header, *rows = bench.data_table(tiny, tiny)
+    assert {(True, 500, 375), (True, 1000, 750), (False, 2000, 1500)} <= sizes, "ours are decoded as in training"
     assert len(rows) == 2 and all(row[1:] == ("62.5", "62.5", "1.00") for row in rows)
     monkeypatch.setattr(bench, "train", lambda *_: (5.0, 0.3, 0.25))
     assert [row[1] for row in bench.run_table(tiny, tiny)][1:] == ["0.5", "5.0", "0.400"]

@@ -60,14 +60,14 @@ def test_rope_turns_pairs_as_complex_numbers():
     """On a grid that is not square, so that rows and columns can't be mixed up unseen. Lengths stay."""
     torch.manual_seed(0)
     x = torch.randn(2, 3, 15, 16)
-    turned = rotate(x, rope_table(3, 5, 16, x.device))
+    turned = rotate(x, rope_table((3, 5), 16, x.device))
     for b in range(2):
         for head in range(3):
             torch.testing.assert_close(turned[b, head].double(), complex_rotation(x[b, head].double(), 3, 5),
                                        rtol=0, atol=2e-6)
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
     assert torch.equal(turned[:, :, 0], x[:, :, 0])  # the origin is not turned
-    half = rotate(x.bfloat16(), rope_table(3, 5, 16, x.device))
+    half = rotate(x.bfloat16(), rope_table((3, 5), 16, x.device))
     assert half.dtype == torch.bfloat16
 
 
@@ -75,7 +75,7 @@ def test_rope_products_depend_on_the_distance_alone():
     """The same q and k everywhere: q·k is a function of (rows apart, columns apart), and of both."""
     torch.manual_seed(0)
     height, width, q, k = 4, 5, torch.randn(16), torch.randn(16)
-    table = rope_table(height, width, 16, q.device)
+    table = rope_table((height, width), 16, q.device)
     q, k = (rotate(x.expand(1, 1, height * width, 16), table)[0, 0] for x in (q, k))
     products = q @ k.T
     of = {}
@@ -115,7 +115,7 @@ def test_a_block_is_its_formula():
     for p in block.parameters():
         p.copy_(torch.randn(p.shape) * 0.5)
     x, condition = torch.randn(2, side**2, width), torch.randn(2, width)
-    ours = block(x, condition, rope_table(side, side, width // heads, x.device)).double()
+    ours = block(x, condition, rope_table((side, side), width // heads, x.device)).double()
     block, x, condition = block.double(), x.double(), condition.double()
     d = width // heads
     for b in range(2):
@@ -146,7 +146,7 @@ def test_at_first_every_block_is_the_identity_and_the_output_zero():
     model = LightningDiT("32/3/2", 6, 4, 10)
     x, condition = torch.randn(2, 16, 32), torch.randn(2, 32)
     for block in model.blocks:
-        assert torch.equal(block(x, condition, rope_table(4, 4, 16, x.device)), x)
+        assert torch.equal(block(x, condition, rope_table((4, 4), 16, x.device)), x)
     out = model(torch.randn(2, 6, 4, 4), torch.tensor([0.1, 0.9]), torch.tensor([0, 10]))
     assert out.shape == (2, 6, 4, 4) and not out.any()
 
@@ -206,7 +206,7 @@ def test_position_and_norm_are_where_the_recipe_has_them():
     model.norm.register_forward_hook(lambda _, inputs, output: seen.update(last=inputs[0], normed=output))
     z = torch.randn(2, 6, 4, 4)
     out = model(z, torch.tensor([0.2, 0.7]), torch.tensor([1, 10]))
-    places = position_embedding(4, 4, 4, 32, z.device)
+    places = position_embedding((4, 4), 4, 32, z.device)
     torch.testing.assert_close(seen["x"], model.embed(z.flatten(2).transpose(1, 2)) + places)
     angles = 2 * math.pi * torch.tensor([[0.2], [0.7]]) * model.time_frequencies
     time = model.time_mlp(torch.cat([angles.sin(), angles.cos()], 1))

@@ -14,8 +14,9 @@ import runtime
 import finetune_decoder
 import train_tokenizer
 from conftest import ROOT, fork_two
-from finetune_decoder import DINO, Discriminator, DiscriminatorHead, ImageNorm, augment_differentiably
+from finetune_decoder import Discriminator, DiscriminatorHead, ImageNorm, augment_differentiably
 from model import TCAE
+from pretrained import DINO
 from test_train_dit import arguments, checkpoint, failure, log, run_here, tensors
 from test_train_tokenizer import TINY, stop_after
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block as TimmBlock
 
 import model
-from finetune_decoder import DINO
 from model import (TCAE, Attention, Block, DiTBlock, Encoder, IBOTHead, LightningDiT, compile_blocks,
                    flow_matching_loss, patchify, position_embedding, regrid, to_map, to_tokens)
+from pretrained import DINO
 
 SMALL = dict(image_size=32, patch_size=4, downsample=8, latent_channels=6, encoder="32/2/2", decoder="32/2/2",
              stc_depth=1)
@@ -208,8 +208,8 @@ def test_patchify_puts_every_square_in_one_row_and_can_be_undone():
     for row, column in itertools.product(range(2), range(3)):
         square = images[:, :, 4 * row:4 * row + 4, 4 * column:4 * column + 4]
         assert torch.equal(patches[:, 3 * row + column].sort(1).values, square.flatten(1).sort(1).values)
-    assert torch.equal(F.pixel_shuffle(to_map(patches, 2, 3), 4), images)
-    assert torch.equal(to_tokens(to_map(patches, 2, 3)), patches)
+    assert torch.equal(F.pixel_shuffle(to_map(patches, (2, 3)), 4), images)
+    assert torch.equal(to_tokens(to_map(patches, (2, 3))), patches)
 
 
 @pytest.mark.parametrize("factor", [4, 2, 1, 1 / 2])
@@ -227,24 +227,24 @@ def test_regrid_keeps_every_value_above_its_own_place(factor):
 def test_positions_are_those_of_patch_centres():
     """A grid three times coarser has the embeddings of the fine grid's patches that share its centres; a grid of any
     other size, and of any shape, is laid over the same square."""
-    fine = position_embedding(12, 12, 12, 32, "cpu").view(12, 12, 32)
-    coarse = position_embedding(4, 4, 12, 32, "cpu").view(4, 4, 32)
+    fine = position_embedding((12, 12), 12, 32, "cpu").view(12, 12, 32)
+    coarse = position_embedding((4, 4), 12, 32, "cpu").view(4, 4, 32)
     torch.testing.assert_close(coarse, fine[1::3, 1::3])
-    wide = position_embedding(4, 12, 12, 32, "cpu").view(4, 12, 32)
+    wide = position_embedding((4, 12), 12, 32, "cpu").view(4, 12, 32)
     torch.testing.assert_close(wide, fine[1::3])
-    finer = position_embedding(36, 36, 12, 32, "cpu").view(36, 36, 32)
+    finer = position_embedding((36, 36), 12, 32, "cpu").view(36, 36, 32)
     torch.testing.assert_close(finer[1::3, 1::3], fine, rtol=0, atol=1e-5)
 
 
 def test_positions_have_amplitude_one_and_differ():
     """Small embeddings left training at the mean colour for hundreds of steps; equal ones would lose the place."""
     for height, width in (32, 32), (12, 12), (3, 5):
-        rows = position_embedding(height, width, 32, 64, "cpu")
+        rows = position_embedding((height, width), 32, 64, "cpu")
         assert rows.abs().max() > 0.9
         torch.testing.assert_close(rows.square().sum(1), torch.full((height * width,), 32.0))  # sin² + cos² = 1
         distances = torch.cdist(rows, rows) + 10 * torch.eye(len(rows))
         assert distances.min() > 0.3
-    vertical, horizontal = position_embedding(8, 8, 8, 64, "cpu").view(8, 8, 2, 32).unbind(2)
+    vertical, horizontal = position_embedding((8, 8), 8, 64, "cpu").view(8, 8, 2, 32).unbind(2)
     assert torch.equal(vertical, vertical[:, :1].expand_as(vertical)), "half of it tells the row alone"
     assert torch.equal(horizontal, horizontal[:1].expand_as(horizontal)), "and half the column"
 
@@ -296,13 +296,14 @@ def test_head_on_masked_tokens_alone_equals_the_head_on_all():
     head, crops = IBOTHead(32, hidden=16, bottleneck=8, prototypes=11), torch.rand(3, 3, 32, 32)
     mask = torch.rand(3, 4, 4) < 0.4
     masked_index = mask.flatten().nonzero()[:, 0]
-    cls, patches, raw = model.ssl_output(encoder, {"cls": head, "patch": head}, crops, masked_index, mask)
+    views = {"global_crops": crops, "mask": mask, "masked_index": masked_index, "local_crops": crops[:0]}
+    cls, patches, raw = model.ssl_output(encoder, {"cls": head, "patch": head}, views, student=True)
     all_cls, all_tokens = encoder(crops, mask)
     torch.testing.assert_close(cls, head(all_cls))
     torch.testing.assert_close(patches, head(all_tokens)[mask.flatten(1)])
     assert torch.equal(raw, all_cls)
     other = IBOTHead(32, hidden=16, bottleneck=8, prototypes=11)  # DINOv2's: one for [CLS], one for tokens
-    cls, patches, _ = model.ssl_output(encoder, {"cls": head, "patch": other}, crops, masked_index, mask)
+    cls, patches, _ = model.ssl_output(encoder, {"cls": head, "patch": other}, views, student=True)
     torch.testing.assert_close(cls, head(all_cls))
     torch.testing.assert_close(patches, other(all_tokens)[mask.flatten(1)])
 

@@ -13,6 +13,7 @@ import lpips
 import pytest
 import torch
 
+import configurator
 import pretrained
 import runtime
 from conftest import ROOT, python, run_script
@@ -182,7 +183,7 @@ def test_when_blocks_are_compiled(monkeypatch):
 @pytest.mark.parametrize("value", [True, False, "True", "false"])
 def test_true_and_false_for_a_constant_that_is_auto(value, default):
     """As one writes them in a config file, and on the command line, which may follow one another."""
-    assert runtime.convert("compile", value, default, "here") == str(value).capitalize()
+    assert configurator.convert("compile", value, default, "here") == str(value).capitalize()
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="other processors lose no time with them")

@@ -329,7 +329,8 @@ def test_block_mask_comes_near_its_share():
 def test_half_the_views_are_unmasked_and_the_others_spread_over_the_range():
     """0, or uniform in 0.3 ± 0.2, half of the time each."""
     rng = np.random.default_rng(0)
-    shares = np.array([ssl.random_mask(14, rng).mean() for _ in range(1000)])
+    crops = ssl.MultiCrop(14, (0.25, 1.0), 14, (0.05, 0.25), 0, output_patch=1)
+    shares = np.array([crops(photo(20, 20), rng)["mask"].mean((1, 2)) for _ in range(500)]).flatten()
     masked = shares[shares > 0]
     assert 0.45 < len(masked) / len(shares) < 0.55
     assert masked.max() <= 0.5 and 0.25 < masked.mean() < 0.31

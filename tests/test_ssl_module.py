@@ -94,11 +94,12 @@ class Views:
     def __call__(self, image, rng):
         ssl.create_default_context()  # the worker's ssl is Python's as well
         return self.crops(np.array(image), rng)
-    def prepare(self, batch):
-        return ssl.collate_crops(batch)
+    def collate(self, examples):
+        return ssl.collate_crops(data.default_collate(examples))
 
 if __name__ == "__main__":
-    dataset = data.TrainBatches(data.Shapes("train", 4, 16), Views(), seed=0)
+    views = Views()
+    dataset = data.TrainBatches(data.Shapes("train", 4, 16), views, seed=0, collate=views.collate)
     loader = DataLoader(dataset, sampler=[[(0, 0), (0, 1)], [(0, 2), (0, 3)]], batch_size=None, num_workers=1,
                         multiprocessing_context={method!r})
     print([tuple(views["global_crops"].shape) for views, bad in loader])

@@ -359,24 +359,19 @@ def test_the_teacher_sees_what_the_student_must_guess(here, tmp_path, monkeypatc
     """With other pixels where the student's tokens are masked its logits stay, and the teacher's targets change."""
     output, calls = train_tokenizer.ssl_output, []
 
-    def call_twice(encoder, heads, crops, masked_index, mask=None):
-        hidden = call_twice.mask.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
-        result = output(encoder, heads, crops, masked_index, mask)
-        calls.append((mask, result, output(encoder, heads, torch.where(hidden, -crops, crops), masked_index, mask)))
+    def call_twice(encoder, heads, views, student):
+        hidden = views["mask"].repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
+        result, crops = output(encoder, heads, views, student), views["global_crops"]
+        changed = {**views, "global_crops": torch.where(hidden, -crops, crops)}
+        calls.append((student, result, output(encoder, heads, changed, student)))
         return result
 
-    forward = JointTokenizer.forward
-
-    def note_mask(model, images, views):
-        call_twice.mask = views["mask"]
-        return forward(model, images, views)
-
-    monkeypatch.setattr(JointTokenizer, "forward", note_mask)
     monkeypatch.setattr(train_tokenizer, "ssl_output", call_twice)  # the teacher's call
     monkeypatch.setattr(model, "ssl_output", call_twice)  # the student's
     here(shapes_images=8, out_dir=tmp_path)
-    (student_mask, student, student_changed), (teacher_mask, teacher, teacher_changed) = calls
-    assert student_mask is not None and teacher_mask is None and len(student.patch_logits) > 0
+    (first, student, student_changed), (second, teacher, teacher_changed) = calls
+    assert first and not second and len(student.patch_logits) > 0
+    assert (len(student.cls_logits), len(teacher.cls_logits)) == ((2 + 2) * 8, 2 * 8), "local crops are the student's"
     assert torch.equal(student.patch_logits, student_changed.patch_logits)
     assert torch.equal(student.cls, student_changed.cls) and not student.cls.requires_grad == teacher.cls.requires_grad
     assert not torch.isclose(teacher.patch_logits, teacher_changed.patch_logits, atol=1e-6).all(1).any()

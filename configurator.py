@@ -1,0 +1,103 @@
+"""A script's constants, overridden by config files and the command line, as in nanoGPT; and errors of one line.
+
+    configure      configure(globals()) at the start of a script's main()
+    check, fail    end the program with one line
+"""
+import ast
+import difflib
+import math
+import os
+import re
+import runpy
+import sys
+from pathlib import Path
+
+
+def fail(message, everywhere=True):
+    """Ends the program with one line on standard error and exit status 1. Of several processes only the first prints
+    it, unless the problem may be this one's alone (everywhere=False)."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank > 0 and everywhere:
+        raise SystemExit(1)
+    raise SystemExit(f"error{f' in process {rank}' if rank else ''}: {message}")
+
+
+def check(condition, message):
+    """`fail(message)` unless `condition`. The message names the constant that is to blame."""
+    if not condition:
+        fail(message)
+
+
+def configure(script, arguments=None):
+    """Overrides the constants in a script's globals() and returns all of them as a dict.
+
+    Constants are the lower-case names that the script assigns at its top level. `arguments` (default: the command line)
+    are config files, which are Python, and --name=value; files are applied first, in order. Unknown names, wrong types
+    and negative numbers end the program with one line; --help prints every constant with its comment.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    source = Path(script["__file__"]).read_text()
+    names = [node.targets[0].id for node in ast.parse(source).body
+             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.islower()]
+    if {"-h", "--help"} & set(arguments):
+        print_help(script, source, names)
+        raise SystemExit(0)
+
+    def override(name, value, where):
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            fail(f"{where}: there is no constant {name}" + (f"; did you mean {near[0]}?" if near else " (see --help)"))
+        script[name] = convert(name, value, script[name], where)
+
+    for path in (a for a in arguments if not a.startswith("-")):
+        if not Path(path).is_file():
+            fail(f"there is no config file {path} (constants are given as --name=value)")
+        try:
+            overrides = runpy.run_path(path)
+        except Exception as error:
+            fail(f"{path} is not a config file, or has an error: {type(error).__name__}: {error}")
+        for name, value in overrides.items():
+            if not name.startswith("_"):
+                override(name, value, path)
+    for argument in (a for a in arguments if a.startswith("-")):
+        match = re.fullmatch(r"--([\w-]+)=(.*)", argument, re.DOTALL)
+        if not match:
+            fail(f"{argument}: constants are given as --name=value")
+        override(match[1], match[2], "command line")
+    return {name: script[name] for name in names}
+
+
+def convert(name, value, default, where):
+    """Converts `value`, from a config file or as text from the command line, to the type of `default`."""
+    wanted = type(default)
+    if isinstance(value, str):
+        text = value.strip().strip("\"'")
+        try:
+            value = text if wanted is str else ast.literal_eval(text.capitalize() if wanted is bool else text)
+        except (ValueError, SyntaxError):
+            value = text
+    if default in ("auto", "True", "False") and str(value).lower() in ("true", "false"):
+        value = str(value).capitalize()  # config files say True, the command line often true
+    if wanted is int and isinstance(value, float) and value.is_integer():
+        value = int(value)  # 5e4
+    if wanted is float and type(value) is int:
+        value = float(value)
+    if type(value) is not wanted:
+        words = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "a tuple"}
+        fail(f"{where}: {name}={value!r} must be {words[wanted]}, like {default!r}")
+    for number in value if wanted is tuple else [value] if wanted in (int, float) else []:
+        check(type(number) in (int, float) and 0 <= number < math.inf,
+              f"{where}: {name}={value} must be {'finite numbers' if wanted is tuple else 'finite'}, 0 or more")
+    return value
+
+
+def print_help(script, source, names):
+    """The docstring, then every constant with its default and comment, under the source's own headings."""
+    print(script["__doc__"].strip(), "\n\nconstants, as --name=value or in a config file:")
+    for line in source.splitlines():
+        if line.startswith(("def ", "class ", "@", "# ---")):
+            break
+        if line.startswith("# "):
+            print(f"\n{line[2:]}")
+        elif (match := re.match(r"(\w+) = (.+?)(?:  # (.*))?$", line)) and match[1] in names:
+            print(f"  --{match[1] + '=' + match[2]:<34} {match[3] or ''}")
