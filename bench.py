@@ -4,6 +4,7 @@
 
 steps     each training step, encoding, decoding and a guided sampling step, beside the same in plain float32
 tokens    what the method is about: p = 16, p = 8, and p = 8 with staged compression, S–S at 256 px
+rival     ours with decoder B beside DC-AE f32c32, at 256 px (only by name: it needs `pip install diffusers`)
 data      our views of JPEG files, on one core, beside the same recipe in torchvision's transforms
 run       train_tokenizer.py from its start, beside `import torch` alone, and how long it waits for data
 
@@ -20,17 +21,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch.utils.benchmark import Timer
-from torchvision import transforms as T
 
 import data
 import runtime
 import ssl
 import train_tokenizer as stage1
 from model import LightningDiT, TCAE, cfg_velocity, compile_blocks, sample_flow
+from runs.baselines import dc_ae, torchvision_views
 
-only = "steps,tokens,data,run"  # which tables
+only = "steps,tokens,data,run"  # which tables, of these and rival
 sizes = "auto"  # "shapes" or "paper"; auto = paper on CUDA, else shapes
 data_dir = "shapes"  # what the scripts run on; or a folder, as in train_tokenizer.py
 batch_size = 0  # images per step; 0 = the configuration's, for the paper's sizes an eighth of it (one GPU of eight)
@@ -96,10 +97,11 @@ def train(script, *arguments):
     return first, np.median(whole * (1 - waiting)), whole @ waiting / whole.sum()
 
 
-def networks(dist, compiled, arguments, images):
-    """Three measurements, with untrained networks: of encoding, decoding and a step of guided sampling."""
+def networks(dist, compiled, arguments, images, rival=None):
+    """Three measurements, with untrained networks, perhaps of a `rival` tokenizer: of encoding, decoding and a step of
+    guided sampling."""
     constants = constants_of(JOINT, arguments)
-    tcae = TCAE.from_constants(constants).to(dist.device)
+    tcae = (rival or TCAE.from_constants(constants)).to(dist.device)
     pixels = torch.rand(images, 3, constants["image_size"], constants["image_size"], device=dist.device)
     z = torch.randn_like(tcae.encode(pixels))
     dit = LightningDiT(constants_of(DIT, arguments_of(DIT))["size"], z.shape[1], z.shape[2], 1000).to(dist.device)
@@ -108,23 +110,6 @@ def networks(dist, compiled, arguments, images):
         compile_blocks(tcae, dit)
     tasks = lambda: tcae.encode(pixels), lambda: tcae.decode(z), lambda: sample_flow(velocity, z, steps=1)
     return [lambda task=task: seconds(task, dist, torch.get_num_threads()) for task in tasks]
-
-
-def torchvision_views():
-    """stage1.Views in torchvision's transforms, with iBOT's own blur: a Pillow image -> a list of tensors."""
-    bicubic, to_tensor = T.InterpolationMode.BICUBIC, (T.ToTensor(), T.Normalize([0.5] * 3, [0.5] * 3))
-    blur = T.Lambda(lambda image: image.filter(ImageFilter.GaussianBlur(np.random.uniform(0.1, 2))))
-
-    def view(size, scale, blurred, solarized):
-        return T.Compose([T.RandomResizedCrop(size, scale, interpolation=bicubic), T.RandomHorizontalFlip(),
-                          T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8), T.RandomGrayscale(0.2),
-                          T.RandomApply([blur], blurred), T.RandomSolarize(128, solarized), *to_tensor])
-
-    size, scale = stage1.global_crop_size, stage1.global_crop_scale
-    views = [view(size, scale, 1, 0), view(size, scale, 0.1, 0.2), T.Compose([
-        T.Resize(stage1.image_size, bicubic), T.RandomCrop(stage1.image_size), T.RandomHorizontalFlip(), *to_tensor])]
-    views += [view(stage1.local_crop_size, stage1.local_crop_scale, 0.5, 0)] * stage1.local_crops
-    return lambda image: [view(image) for view in views]
 
 
 def steps_table(dist, plain):
@@ -150,6 +135,17 @@ def tokens_table(dist, _):
     ms = 1e3 / images * medians(*measures).reshape(3, 3)  # rows × columns
     for (p, depth), times in zip(rows, ms):
         yield p, depth or "–", (256 // p) ** 2, *(f"{time:.1f} ({time / p8:.0%})" for time, p8 in zip(times, ms[1]))
+
+
+def rival_table(dist, _):
+    images, theirs, ours = batch_size or (64 if dist.device.type == "cuda" else 1), dc_ae(), TCAE(decoder="B")
+    yield "tokenizer", "M parameters", "encode, ms/image", "decode, ms/image", "images/s", "× DC-AE's"
+    measures = [networks(dist, dist.compiles(compile), [], images, each)[:2] for each in (ours, theirs)]
+    times = 1e3 / images * medians(*measures[0], *measures[1]).reshape(2, 2)  # ours, theirs × encode, decode
+    for name, network, (encode, decode) in zip(("ours, S–B", "DC-AE f32c32"), (ours, theirs), times):
+        total, parameters = encode + decode, sum(p.numel() for p in network.parameters())
+        yield (name, f"{parameters / 1e6:.0f}", f"{encode:.1f}", f"{decode:.1f}", f"{1e3 / total:.2f}",
+               f"{times[1].sum() / total:.2f}")
 
 
 def data_table(dist, _):
@@ -184,7 +180,7 @@ def run_table(dist, _):
 def main():
     global sizes
     runtime.configure(globals())
-    tables = {"steps": steps_table, "tokens": tokens_table, "data": data_table, "run": run_table}
+    tables = {"steps": steps_table, "tokens": tokens_table, "rival": rival_table, "data": data_table, "run": run_table}
     runtime.check({*only.split(",")} <= {*tables}, f"only={only!r}: the tables are {', '.join(tables)}")
     dist, plain = (runtime.Distributed(device, each) for each in (dtype, "float32"))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to save

@@ -27,11 +27,11 @@ from PIL import Image
 import data
 import pretrained
 import runtime
-from model import TCAE
+from latents import Foreign, open_tokenizer
 from runtime import check
 
 # What is measured: either a tokenizer on images …
-tokenizer = ""  # stage 1's checkpoint
+tokenizer = ""  # stage 1's checkpoint, or a file.py with another tokenizer
 data_dir = ""  # as in stage 1; "" = the tokenizer's own
 val_images = 0  # how many validation images; 0 = all
 probe_images = 0  # how many training images to fit the probes on; 0 = all
@@ -49,7 +49,7 @@ probe_steps = 200  # L-BFGS steps of the probes' multinomial logistic regression
 probe_decay = 1e-4  # its L2 penalty
 batch_size = 64  # images at a time, per process
 workers = 4  # loading processes per process; 0 = load in the process itself
-out = ""  # file for the results; "" = eval.json beside the checkpoint or the samples
+out = ""  # file for the results; "" = eval.json beside the checkpoint or the samples; for a file.py, give one
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # of the tokenizer's matrix products; the metrics themselves are always float32 or float64
 
@@ -325,7 +325,8 @@ class PooledFeatures:
 
     def __init__(self, source, tcae):
         self.classes, self.source_labels = len(source.classes), torch.tensor(source.labels)
-        self.tokens_and_cls = [torch.zeros(0, 2 * tcae.encoder.width)]  # a process may have no images
+        width = 0 if isinstance(tcae, Foreign) else tcae.encoder.width
+        self.tokens_and_cls = [torch.zeros(0, 2 * width)]  # a process may have no images
         self.latents, self.labels = [torch.zeros(0, len(tcae.latent_mean))], [self.source_labels[:0]]
 
     def add(self, cls, tokens, z, indices):
@@ -343,7 +344,7 @@ def probes(train, val, dist):
     width = tokens.shape[1] // 2  # the first half is the tokens', the second [CLS]'s
 
     def accuracy(x, val_x):
-        return probe(x, labels, val_x, val_labels, train.classes, dist)
+        return probe(x, labels, val_x, val_labels, train.classes, dist) if x.shape[1] else None
 
     r_tok, r_lat = accuracy(tokens[:, :width], val_tokens[:, :width]), accuracy(latents, val_latents)
     return {"probe on tokens": r_tok, "probe on [CLS] and tokens": accuracy(tokens, val_tokens),
@@ -419,13 +420,11 @@ def metric_name(metric):
 
 @torch.no_grad()
 def evaluate_tokenizer(dist):
-    """-> a line about what was measured; {metric: value, or None if weights are missing}."""
-    saved = runtime.load_checkpoint(tokenizer, "tokenizer", kind="tokenizer")
-    constants = saved["constants"]
-    where, size = data_dir or constants["data_dir"], constants["image_size"]
-    train, val = data.open_splits(where, size, constants["shapes_images"])
+    """-> a line about what was measured; {metric: value, or None if it can't be}."""
+    tcae = open_tokenizer(tokenizer, dist)
+    where, size = data_dir or tcae.data_dir, tcae.image_size
+    train, val = data.open_splits(where, size, tcae.shapes_images)
     check(not pca or size <= 64, f"pca=True: {tokenizer} is for images of {size} pixels; 64 are the most for PCA")
-    tcae = TCAE.from_checkpoint(saved).to(dist.device)
     pairs, of_train, of_val = PairMetrics(len(val), size, dist), PooledFeatures(train, tcae), PooledFeatures(val, tcae)
 
     for pixels, indices in data.eval_loader(val, size, batch_size, dist, workers, val_images, "validation images"):
@@ -440,7 +439,7 @@ def evaluate_tokenizer(dist):
 
     count, results = pairs.results(dist)
     if pca:
-        values = constants["latent_channels"] * (size // constants["downsample"]) ** 2
+        values = int(np.prod(tcae.latent_shape))
         results[f"PSNR of PCA, {values} values"] = pca_psnr(train, val, values, size, dist)
     fitted = int(dist.sum(torch.tensor(float(sum(map(len, of_train.labels))))))
     about = f"{count} images of {where}, {size} px; probes fitted on {fitted} training images"
@@ -519,6 +518,7 @@ def main():
           "give either --tokenizer=CHECKPOINT, or --samples=IMAGES with --reference=IMAGES")
     name, given = ("tokenizer", tokenizer) if tokenizer else ("samples", samples)
     check(os.path.exists(given), f"{name}={given}: there is no such file or folder")
+    check(out or not tokenizer.endswith(".py"), f"out is empty: the file of results for {tokenizer}")
     path = out or os.path.join(os.path.dirname(given.rstrip("/")), "eval.json")
     check(os.access(os.path.dirname(path) or ".", os.W_OK) and not os.path.isdir(path), f"out={path} can't be written")
     dist = runtime.Distributed(device, dtype)

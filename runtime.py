@@ -233,7 +233,7 @@ def fingerprint(weights, without=None):
     digest = hashlib.sha256()
     for name in sorted(weights):
         if not (without and name.startswith(without)):
-            digest.update(name.encode() + weights[name].cpu().contiguous().numpy().tobytes())
+            digest.update(name.encode() + weights[name].cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -14,11 +14,12 @@ import torch
 
 import data
 import runtime
-from model import LightningDiT, TCAE, cfg_velocity, sample_flow
+from latents import open_tokenizer
+from model import LightningDiT, cfg_velocity, sample_flow
 from runtime import check
 
-checkpoint = "out/dit/checkpoint.pt"  # stage 2's
-tokenizer = ""  # stage 1's checkpoint, or one with a finetuned decoder; "" = the one that stage 2 used
+checkpoint = "out/dit/checkpoint.pt"  # stage 2's, or averaged weights that it kept, step-N.pt
+tokenizer = ""  # another one of the same latents, with a finetuned decoder; "" = the one that stage 2 used
 use_ema = True  # False: the last step's weights instead of their average
 
 classes = ""  # which ones, as 0,5,7; "" = the first ten for the picture, all for an .npz
@@ -56,16 +57,11 @@ def main():
         check(constants[name] > 0, f"{name}={constants[name]} must be at least 1")
     dist = runtime.Distributed(device, dtype, seed)
     saved = runtime.load_checkpoint(checkpoint, "checkpoint", kind="dit")
-    tokenizer_path = tokenizer or saved["constants"]["tokenizer"]
-    saved_tokenizer = runtime.load_checkpoint(tokenizer_path, "tokenizer", kind="tokenizer")
-    check(saved["latents_of"] == runtime.latents_of(saved_tokenizer),
-          f"tokenizer={tokenizer_path} has other latents than {checkpoint} was trained on")
-
-    names, shape = saved["classes"], tuple(saved["latent_shape"])
-    weights = saved["ema" if use_ema else "model"]
-    dit = LightningDiT(saved["constants"]["size"], shape[0], shape[1], len(names)).eval()
+    check(use_ema or "model" in saved, f"use_ema=False: {checkpoint} holds averaged weights only")
+    tcae = open_tokenizer(tokenizer or saved["constants"]["tokenizer"], dist, generator=saved)
+    names, shape, weights = saved["classes"], tcae.latent_shape, saved["ema" if use_ema else "model"]
+    dit = LightningDiT(saved["constants"]["size"], shape[0], shape[1], len(names)).eval().to(dist.device)
     dit.load_state_dict(weights)
-    dit, tcae = dit.to(dist.device), TCAE.from_checkpoint(saved_tokenizer).to(dist.device)
     all_classes = map(str, range(len(names) if num_samples else min(10, len(names))))
     chosen = [name.strip() for name in (classes.split(",") if classes else all_classes)]
     for name in chosen:
@@ -75,13 +71,13 @@ def main():
 
     # All processes fill one file, which outlives them, so that a stopped run can continue.
     runtime.make_folder(out_dir)
-    part, side = os.path.join(out_dir, "samples.part"), saved_tokenizer["constants"]["image_size"]
-    about = {"generator": runtime.fingerprint(weights), "tokenizer": runtime.fingerprint(saved_tokenizer["tokenizer"]),
+    part = os.path.join(out_dir, "samples.part")
+    about = {"generator": runtime.fingerprint(weights), "tokenizer": runtime.fingerprint(tcae.state_dict()),
              "labels": runtime.fingerprint({"": torch.from_numpy(labels)}), "steps": steps, "method": method,
              "cfg_scale": cfg_scale, "cfg_interval": list(cfg_interval), "seed": seed, "dtype": dtype}
     if dist.first and data.Store.differences(part, about):
         os.remove(part)  # it holds other samples, begun with other constants
-    store = data.Store(part, about, len(labels), (side, side, 3), np.uint8, dist)
+    store = data.Store(part, about, len(labels), (tcae.image_size, tcae.image_size, 3), np.uint8, dist)
     mine = store.to_do(dist)[dist.rank::dist.count]
     for k in runtime.bar(range(0, len(mine), batch_size), dist, desc="sampling", unit="batch"):
         i = mine[k:k + batch_size]

@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=8 train_dit.py --tokenizer=out/tokenizer/checkpoint.pt --data_dir=imagenet
 
 First it encodes all images and their mirror images into latents.cache (ImageNet at 8 × 8 × 128: 42 GB on disk,
-memory-mapped). If that is interrupted, the next run continues. The tokenizer's settings come from its checkpoint.
-Writes out_dir/checkpoint.pt, log.jsonl and samples.png.
+memory-mapped). If that is interrupted, the next run continues. The tokenizer's settings come from its checkpoint;
+another tokenizer than ours is a Python file (latents.py). Writes out_dir/checkpoint.pt, log.jsonl and samples.png.
 """
 import copy
 import os
@@ -16,11 +16,12 @@ import torch
 import data
 import optim
 import runtime
-from model import LightningDiT, TCAE, cfg_velocity, compile_blocks, flow_matching_loss, sample_flow, shift_time
+from latents import Foreign, Pairs, encode, fill_cache, normalise, open_tokenizer
+from model import LightningDiT, cfg_velocity, compile_blocks, flow_matching_loss, sample_flow, shift_time
 from runtime import check
 
 # Data
-tokenizer = "out/tokenizer/checkpoint.pt"  # stage 1's checkpoint
+tokenizer = "out/tokenizer/checkpoint.pt"  # stage 1's checkpoint, or a file.py with another tokenizer
 data_dir = ""  # as in stage 1; "" = the tokenizer's own
 cache = ""  # the file of latents; "" = out_dir/latents.cache
 rebuild_cache = False  # True: encode again, replacing a cache of another tokenizer or other data
@@ -55,13 +56,15 @@ device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
 compile = "auto"  # torch.compile the blocks: True, False; auto = on CUDA, or in a long run on a CPU with a C++ compiler
 log_every = 100  # steps
-save_every = 5000  # steps between checkpoints
+save_every = 5000  # steps between checkpoints, each in place of the last
+keep_every = 0  # steps between averaged weights that are kept, to sample from, in out_dir/step-N.pt; 0 = none
 sample_every = 5000  # steps between pictures of EMA samples
 sample_steps = 50  # Euler steps for those pictures
 sample_cfg_scale = 1.0  # guidance for those pictures; 1 = none
 
-FREE = {"out_dir", "resume", "device", "workers", "compile", "accumulate", "log_every", "save_every", "sample_every",
-        "sample_steps", "sample_cfg_scale", "data_dir", "cache", "rebuild_cache", "cache_latents", "tokenizer"}
+FREE = {"out_dir", "resume", "device", "workers", "compile", "accumulate", "log_every", "save_every", "keep_every",
+        "sample_every", "sample_steps", "sample_cfg_scale", "data_dir", "cache", "rebuild_cache", "cache_latents",
+        "tokenizer"}
 
 
 def check_constants(dist):
@@ -75,68 +78,6 @@ def check_constants(dist):
             LightningDiT(size, 1, 1, 1)
     except ValueError as error:  # now, not after an hour of encoding
         runtime.fail(error)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The data set as latents: encoded once into a cache, or on the fly
-
-
-class Pairs:
-    """A source for data.TrainLoader. Each item is an image and its mirror image: latents (2, c, h, w) float16 from the
-    cache, or, without one, pixels (2, H, W, 3) uint8."""
-
-    def __init__(self, images, image_size, store=None):
-        self.images, self.image_size, self.store, self.constant = images, image_size, store, images.constant
-
-    def __len__(self):
-        return len(self.images)
-
-    def load(self, i):
-        if not self.store:
-            pixels = data.center_crop(self.images.load(i), self.image_size)
-            pair = np.stack([pixels, pixels[:, ::-1]])
-        elif self.store.state[i] == 1:
-            pair = self.store.items[i]
-        else:
-            raise OSError("this image could not be decoded when the cache was filled")
-        return {"pair": pair, "label": self.images.labels[i], "index": i}
-
-    def name(self, i):
-        return self.images.name(i)
-
-
-def encode(tcae, pixels, dist):
-    """uint8 (B, H, W, 3) -> z (B, c, h, w), normalised, rounded to float16."""
-    with torch.no_grad(), dist.autocast():
-        return tcae.encode(data.to_float(pixels, dist.device)).half()
-
-
-def fill_cache(path, tcae, latents_of, images, image_size, shape, dist):
-    """Opens or creates the cache at `path`; then each process encodes its share of the images that are missing."""
-    check(os.path.isdir(os.path.dirname(path) or "."), f"cache={path}: there is no such folder")
-    about = {"tokenizer": latents_of, "image_size": image_size, "images": len(images), "files": images.fingerprint()}
-    if rebuild_cache and dist.first and os.path.exists(path):
-        os.remove(path)
-    dist.wait()  # until the old file is gone
-    differences = data.Store.differences(path, about)
-    check(not differences, f"cache: {path} was made from something else ({differences}). "
-                           "--rebuild_cache=True replaces it, another --cache keeps both")
-    store = data.Store(path, about, len(images), (2, *shape), np.float16, dist)
-    todo = store.to_do(dist)
-    batch = max(1, min(128, 128**3 // image_size**2))
-    for pixels, indices in data.eval_loader(images, image_size, batch, dist, workers, indices=todo,
-                                            title="encoding the data set once"):
-        both = torch.stack([pixels, pixels.flip(2)], dim=1).flatten(0, 1)  # (2 b, H, W, 3): image, mirror image, …
-        z = encode(tcae, both, dist).cpu().unflatten(0, (-1, 2))  # (b, 2, c, h, w)
-        store.put(indices.numpy(), z.numpy())
-    mine = todo[dist.rank::dist.count]
-    store.state[mine[store.state[mine] == 0]] = 2  # what is still to do could not be decoded
-    store.flush()
-    return store
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
 
 
 @torch.no_grad()
@@ -164,35 +105,31 @@ def main():
     runtime.make_folder(out_dir)
 
     # The tokenizer, frozen
-    saved = runtime.load_checkpoint(tokenizer, "tokenizer", kind="tokenizer")
-    latents_of = runtime.latents_of(saved)
-    check(not resumed or resumed["latents_of"] == latents_of,
-          f"tokenizer={tokenizer} produces other latents than the one that {path} was trained on")
-    tcae, settings = TCAE.from_checkpoint(saved).to(dist.device), saved["constants"]
-    image_size = settings["image_size"]
-    side = image_size // settings["downsample"]
-    shape = (settings["latent_channels"], side, side)
+    tcae = open_tokenizer(tokenizer, dist, generator=resumed)
+    channels, side, _ = shape = tcae.latent_shape
 
     # The data: latents from the cache, or pixels to encode in every step
-    images = data.open_split(data_dir or settings["data_dir"], "train", image_size, settings["shapes_images"])
+    images = data.open_split(data_dir or tcae.data_dir, "train", tcae.image_size, tcae.shapes_images)
     classes = len(images.classes)
     check(batch_size <= len(images), f"batch_size={batch_size} is more than the {len(images)} training images")
     check(not resumed or (resumed["images"], resumed["classes"]) == (len(images), images.classes),
           f"data_dir has {len(images)} training images of {classes} classes, others than {path} began with")
     store, cache_path = None, cache or os.path.join(out_dir, "latents.cache")
     try:
+        if isinstance(tcae, Foreign):
+            normalise(f"{cache_path}.statistics", tcae, images, rebuild_cache, workers, dist)
         if cache_latents:
-            store = fill_cache(cache_path, tcae, latents_of, images, image_size, shape, dist)
+            store = fill_cache(cache_path, tcae, images, rebuild_cache, workers, dist)
     except runtime.Stopped:
         dist.print(f"SIGTERM: {cache_path} keeps what is encoded; the next run goes on from there")
         return dist.close()
-    source = Pairs(images, image_size, store)
+    source = Pairs(images, tcae.image_size, store)
     steps_per_epoch = len(images) // batch_size
     steps, decay_step = epochs * steps_per_epoch, round((decay_epoch or epochs) * steps_per_epoch)
 
     # The generator, its averaged weights and its optimizer
     torch.manual_seed(seed)  # again: encoding may have used random numbers
-    model = LightningDiT(size, shape[0], side, classes).to(dist.device)
+    model = LightningDiT(size, channels, side, classes).to(dist.device)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizer = optim.Optimizer(model, constants, dist)
     dist.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(images)} images of "
@@ -258,14 +195,20 @@ def main():
         done, stopping = step + 1, dist.stop_requested()
         last = done == steps
         drawing, saving = done % sample_every == 0 or last, done % save_every == 0 or stopping or last
-        if done % log_every == 0 or saving or drawing:
+        keeping = keep_every and done % keep_every == 0
+        if done % log_every == 0 or saving or drawing or keeping:
             progress.report(lr, loader.waited())
             loader.report_bad_files()
-        if saving and dist.first:
-            runtime.save_checkpoint(path, {
+        if (saving or keeping) and dist.first:
+            to_sample = {
                 **runtime.header("dit", constants, dist), "step": done, "finished": last, "images": len(images),
-                "classes": images.classes, "latents_of": latents_of, "latent_shape": shape,
-                "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()})
+                "classes": images.classes, "latents_of": tcae.latents_of, "latent_shape": shape,
+                "latent_mean": tcae.latent_mean, "latent_std": tcae.latent_std, "ema": ema.state_dict()}
+            if keeping:
+                runtime.save_checkpoint(os.path.join(out_dir, f"step-{done}.pt"), to_sample)
+            if saving:
+                to_resume = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                runtime.save_checkpoint(path, {**to_sample, **to_resume})
         if stopping and not last:
             progress.bar.close()
             dist.print(f"SIGTERM: saved {path} at step {done}; --resume=True goes on from there")

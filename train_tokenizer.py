@@ -20,6 +20,7 @@ import optim
 import pretrained
 import runtime
 import ssl  # ours: see its docstring
+from latents import measure_latents
 from model import IBOTHead, JointTokenizer, TCAE, compile_blocks, output_patch, ssl_output
 from runtime import check
 
@@ -134,22 +135,6 @@ class Views:
         batch = default_collate(examples)
         images = batch.pop("images")
         return {"images": images, **(ssl.collate_crops(batch) if self.multi_crop else {})}
-
-
-@torch.no_grad()
-def measure_latents(tcae, source, dist):
-    """Measures latent_mean and latent_std, per channel, on centre crops of training images; sums are in float64."""
-    tcae.latent_mean.zero_(), tcae.latent_std.fill_(1)
-    sums, count = torch.zeros(2, latent_channels, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for pixels, _ in data.eval_loader(source, image_size, data.eval_batch(image_size), dist, workers, stats_images,
-                                      title="latent statistics"):
-        with dist.autocast():
-            z = tcae.encode(data.to_float(pixels, dist.device)).cpu().double()  # (b, c, h, w)
-        sums += torch.stack([z.sum((0, 2, 3)), (z**2).sum((0, 2, 3))])
-        count += z[:, 0].numel()
-    mean, square = dist.sum(sums) / dist.sum(count)
-    tcae.latent_mean.copy_(mean[:, None, None])
-    tcae.latent_std.copy_((square - mean**2).clamp(min=1e-12).sqrt()[:, None, None])
 
 
 def main():
@@ -312,7 +297,7 @@ def main():
     # Later stages need latents of mean 0 and variance 1 in every channel: measure latent_mean and latent_std.
     try:
         if not stopping:
-            measure_latents(tcae, train, dist)
+            measure_latents(tcae, train, image_size, stats_images, workers, dist)
             psnr = data.validate(tcae, val, image_size, val_images, dist, picture)
             progress.write(val_psnr=psnr)
             save(steps, finished=True)

@@ -14,6 +14,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,9 +29,10 @@ import runtime
 import train_tokenizer
 from model import IBOTHead, LightningDiT, TCAE
 from pretrained import DINO
+from runs.baselines import dc_ae
 from runtime import check
 
-table = ""  # 1, 2, 3, 4, 6, 8, 9, 10, 11, figure3, figure4, figure8, or several: 2,6
+table = ""  # 1, 2, 3, 4, 6, 8, 9, 10, 11, figure3, figure4, figure6, figure8, or several: 2,6
 show = False  # True: print the commands that are still to run, and run nothing
 cost = False  # True: print what the rows cost, those of all tables if none is named, and run nothing
 
@@ -105,19 +107,23 @@ TABLES = {  # {name: (what it shows, its columns, {row: the paper's numbers})}
         f"p{p}{size}-none" for size in ("", "-BB", "-LL") for p in (64, 32, 16, 8)]),
     "figure4": ("Figure 4: patch sizes without STC, then with it", FULL,
                 ["p64", "p32", "p16", "p8", "p16-stc", "p8-stc"]),
+    "figure6": ("Figure 6: how fast the generator converges on the latents of Table 2's rows",
+                ("gFID against steps", "IS against steps"), ["p8-none", "p8-stc-none", "p8", "p8-stc"]),
     "figure8": ("Figure 8: patch sizes with decoders S, B and L", FULL, [
         f"{row}{size}" for size in ("", "-SB", "-SL") for row in ("p64", "p32", "p16", "p8-stc")]),  # every step helps
 }
 PAPER = {(row, column): number for _, columns, rows in TABLES.values() if isinstance(rows, dict)
          for row, numbers in rows.items() for column, number in zip(columns, numbers)}
 
-SHARED = {  # by all rows of a scale: the stages' scripts with what they are given, and how many samples are measured
+SHARED = {  # by all rows of a scale: the stages' scripts with what they are given, how many samples are measured, and
+    # at which of the generator's steps, for figure6 (ten checkpoints of 2.7 GB for each of its rows)
     "imagenet": dict(joint=["train_tokenizer.py"], finetuning=["finetune_decoder.py"], generator=["train_dit.py"],
-                     longer=["--epochs=800", "--decay_epoch=40"], samples=50000, few_samples=10000),
+                     longer=["--epochs=800", "--decay_epoch=40"], samples=50000, few_samples=10000,
+                     kept=range(10000, 100001, 10000)),
     "shapes": dict(joint=["train_tokenizer.py", "config/toy_tokenizer.py"],
                    finetuning=["finetune_decoder.py", "config/toy_finetune.py"],
                    generator=["train_dit.py", "config/toy_dit.py"], longer=["--epochs=2", "--decay_epoch=1"],
-                   samples=20, few_samples=20),
+                   samples=20, few_samples=20, kept=range(5, 11, 5)),
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -198,8 +204,8 @@ def make(row, columns):
     def evaluate(name, *before, **what):
         produce(name, *before, words(["eval.py"], **what, out=name, **networks))
 
-    def sample(name, count, cfg):
-        command = words(["sample.py"], checkpoint=dit, tokenizer=decoder, num_samples=count, cfg_scale=cfg,
+    def sample(name, count, cfg, checkpoint=dit):
+        command = words(["sample.py"], checkpoint=checkpoint, tokenizer=decoder, num_samples=count, cfg_scale=cfg,
                         out_dir=folder / name)
         evaluate(folder / f"{name}.json", command, samples=folder / name / "samples.npz", reference=reference)
 
@@ -213,8 +219,12 @@ def make(row, columns):
         decoder, generator = folder / "finetuned" / "checkpoint.pt", generator + shared["longer"]
         produce(decoder, words(shared["finetuning"], init_from=tokenizer, out_dir=decoder.parent, resume=True))
         evaluate(folder / "finetuned.json", tokenizer=decoder)
-    produce(dit, words(generator, tokenizer=tokenizer, out_dir=dit.parent, resume=True))
+    keep = {"keep_every": shared["kept"].step} if row in TABLES["figure6"][2] else {}
+    produce(dit, words(generator, tokenizer=tokenizer, out_dir=dit.parent, resume=True, **keep))
     sample("samples-1", shared["samples"], 1)
+    for step in shared["kept"] if any("steps" in column for column in columns) else ():
+        sample(f"step-{step}", shared["samples"], 1, dit.parent / f"step-{step}.pt")
+        Path(folder, f"step-{step}", "samples.npz").unlink(missing_ok=True)  # 10 GB
     if any("guidance" in column for column in columns):
         for cfg in cfg_scales:
             sample(f"guidance-{cfg:g}", shared["few_samples"], cfg)
@@ -246,6 +256,17 @@ def print_table(name):
         print_line(row, *cells)
 
 
+def print_curves(title, columns, rows):
+    """Every row's metrics against the generator's steps; the last line is the whole run's, as in Table 2."""
+    print(f"\n{title}" + "; FID and IS are a small network's" * (scale == "shapes") + "\n")
+    metrics = [column.split()[0] for column in columns]
+    print_line("steps", *(f"{metric} of {row}" for metric in metrics for row in rows))
+    print("|---" * (len(metrics) * len(rows) + 1) + "|")
+    for step, name in [*((str(step), f"step-{step}") for step in SHARED[scale]["kept"]), ("all", "samples-1")]:
+        found = [measured(Path(out_dir, row, f"{name}.json")).get(metric) for metric in metrics for row in rows]
+        print_line(step, *("–" if value is None else f"{value:.3f}" for value in found))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Costs: two operations per multiply-add, counted on networks without values (the meta device). Training takes three
 # forwards for what is trained, two for what is frozen but passed on the way back, one for what is only run.
@@ -259,11 +280,19 @@ def count(function):
     return sum(each.values()), sum(n for name, n in each.items() if "bmm" in str(name) or "attention" in str(name))
 
 
+def coding_cost(network, image):
+    """Operations to encode and to decode an image; those of attention's products in both."""
+    z = network.encode(image)
+    encode, attention = count(lambda: network.encode(image))
+    decode, more_attention = count(lambda: network.decode(z))
+    return encode, decode, attention + more_attention
+
+
 def joint_cost(constants):
     """-> parameters of encoder and decoder; operations for one image: encode, decode, attention, a training step."""
     tcae, image = TCAE.from_constants(constants), torch.zeros(1, 3, constants["image_size"], constants["image_size"])
-    z, vgg = tcae.encode(image), vgg16().features  # LPIPS takes VGG of both images, and back for the reconstruction
-    (encode, attention_1), (decode, attention_2) = count(lambda: tcae.encode(image)), count(lambda: tcae.decode(z))
+    vgg = vgg16().features  # LPIPS takes VGG of both images, and back for the reconstruction
+    encode, decode, attention = coding_cost(tcae, image)
     step = 3 * (encode + decode) + 3 * count(lambda: vgg(image))[0]
     if constants["ssl_method"] != "none":
         global_crop, local_crop = (count(lambda: tcae.encoder(torch.zeros(1, 3, size, size)))[0] for size in (
@@ -275,7 +304,7 @@ def joint_cost(constants):
         student = 2 * global_crop + crops * local_crop + (2 + crops + 2 * masked) * token
         step += 3 * student + 2 * global_crop + 2 * (1 + masked) * token
     decoder = sum(p.numel() for p in tcae.decoder.parameters())
-    return sum(p.numel() for p in tcae.parameters()) - decoder, decoder, encode, decode, attention_1 + attention_2, step
+    return sum(p.numel() for p in tcae.parameters()) - decoder, decoder, encode, decode, attention, step
 
 
 def finetuning_cost(constants):
@@ -309,6 +338,13 @@ def print_costs(rows):
         encode, decode, attention, step = (n / 1e9 for n in operations)
         print_line(row, encoder / 1e6, decoder / 1e6, encode, decode, encode + decode, encode + decode - attention,
                    (encode + decode) / 2, step, hours(operations[-1], train_tokenizer.epochs))
+    if find_spec("diffusers"):  # Table 4 and 11: the paper has 607 GFLOPs for DC-AE, 164 for its own S–B
+        network = dc_ae()
+        encoder, decoder = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (
+            network.network.encoder, network.network.decoder))
+        encode, decode, attention = (n / 1e9 for n in coding_cost(network, torch.zeros(1, 3, 256, 256)))
+        print_line("DC-AE f32c32", encoder, decoder, encode, decode, encode + decode, encode + decode - attention,
+                   (encode + decode) / 2, "–", "–")
     print("\n| another stage | GFLOPs for one training image | epochs | hours |\n|---|---|---|---|")
     constants = {**vars(train_tokenizer), **vars(finetune_decoder)}
     dit = LightningDiT("XL", 128, 8, 1000)
@@ -342,7 +378,7 @@ def main():
     for row in dict.fromkeys(row for name in names for row in TABLES[name][2]):
         make(row, [column for name in names if row in TABLES[name][2] for column in TABLES[name][1]])
     for name in () if show else names:
-        print_table(name)
+        print_curves(*TABLES[name]) if name == "figure6" else print_table(name)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from diffusers import AutoencoderDC
 from PIL import Image
 
 import bench
@@ -15,6 +16,7 @@ import runtime
 import train_dit
 import train_tokenizer
 from model import TCAE
+from runs.tokenizers.dc_ae import DCAE
 
 TINY = dict(data_dir="shapes", image_size=16, patch_size=4, downsample=8, latent_channels=4, encoder="32/2/2",
             decoder="32/2/2", stc_depth=1, lpips_weight=0.0, prototypes=32, head_hidden=32, global_crop_size=16,
@@ -74,6 +76,23 @@ def test_tokens_table(tiny, monkeypatch):
     header, *rows = bench.tokens_table(tiny, tiny)
     assert [row[:3] for row in rows] == [(16, "–", 256), (8, "–", 1024), (8, 6, 1024)]
     assert [row[-1] for row in rows] == ["1.5 (30%)", "5.0 (100%)", "2.0 (40%)"] and rows[0][3] == "500.0 (100%)"
+
+
+def test_rival_table(tiny, monkeypatch):
+    """Twice 2 images: ours takes 2 + 6 s, the rival 10 + 14. Both are measured by the same code, which takes either."""
+    narrow = AutoencoderDC(encoder_block_out_channels=(32,) * 6, decoder_block_out_channels=(32,) * 6)
+    theirs, asked, millions = DCAE(narrow), [], f"{sum(p.numel() for p in narrow.parameters()) / 1e6:.0f}"
+    monkeypatch.setattr(bench, "batch_size", 2)
+    monkeypatch.setattr(bench, "dc_ae", lambda: theirs)
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "networks", lambda *given: asked.append(given) or (
+            [lambda: 2.0, lambda: 6.0, None] if isinstance(given[-1], TCAE) else [lambda: 10.0, lambda: 14.0, None]))
+        header, *rows = bench.rival_table(tiny, tiny)
+    assert rows == [("ours, S–B", "123", "1000.0", "3000.0", "0.25", "3.00"),
+                    ("DC-AE f32c32", millions, "5000.0", "7000.0", "0.08", "1.00")]
+    assert asked[1] == (tiny, False, [], 2, theirs)
+    encode, decode, _ = bench.networks(tiny, False, ["--image_size=64"], 2, theirs)
+    assert 0 < encode() < 10 and 0 < decode() < 10
 
 
 def test_both_recipes_give_the_same_views(tiny):

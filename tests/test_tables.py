@@ -141,6 +141,10 @@ def test_every_command_is_valid(monkeypatch, capsys, scripts, tables, table, sca
     for path, constants, out, processes in commands:
         assert {constants[name] for name in FILES[path][0]} <= written, path
         written.add(out)
+        if keep := constants.get("keep_every"):
+            images = {"imagenet": 1281167, "shapes": 320}[scale]
+            steps = constants["epochs"] * (images // constants["batch_size"])
+            written |= {out.replace("checkpoint", f"step-{step}") for step in range(keep, steps + 1, keep)}
         apart_from_names = str({name: value for name, value in constants.items() if "OUT" not in str(value)})
         if path.startswith(("train_", "finetune_")) and (path, apart_from_names) not in checked:
             checked.add((path, apart_from_names))
@@ -159,6 +163,9 @@ def test_every_command_is_valid(monkeypatch, capsys, scripts, tables, table, sca
         for row in rows:
             expected |= {f"{row.removesuffix('-system')}/tokenizer.json", f"{row}/samples-1.json"}
             expected |= {f"{row}/finetuned.json"} if row.endswith("-system") else set()
+            if table == "figure6":
+                steps = range(10000, 100001, 10000) if scale == "imagenet" else (5, 10)
+                expected |= {f"{row}/step-{step}.json" for step in steps}
             if "guidance" in columns[-1]:
                 cfgs = tables.cfg_scales if scale == "imagenet" else tables.cfg_scales[:2]
                 expected |= {f"{row}/guidance-{cfg:g}.json" for cfg in cfgs} | {f"{row}/samples-2.5.json"}
@@ -253,6 +260,19 @@ def test_rows_that_tables_share_run_once(run, scripts):
     assert printed.count("| p8-none | 0.500 (1.33)") == 2
     stages.ran.clear()
     assert run(stages, table="2,3,8") == printed and not stages.ran
+
+
+def test_curves_of_table_2_s_rows(run, scripts, tmp_path):
+    """Each row is trained once for both; every kept step is measured, and its samples, 10 GB, go."""
+    stages = Stages(scripts, {10000 * k: 50.0 - k for k in range(1, 11)})
+    run(stages, table=2)
+    stages.ran.clear()
+    printed = run(stages, table="figure6").splitlines()
+    assert stages.paths() == ["sample.py", "eval.py"] * 40
+    assert printed[-12] == "|---|---|---|---|---|---|---|---|---|"
+    assert printed[-11] == "| 10000 |" + " 49.000 |" * 4 + " 100.000 |" * 4
+    assert printed[-2].startswith("| 100000 | 40.000 |") and printed[-1].startswith("| all | 10.000 |")
+    assert not list(tmp_path.glob("out/*/step-*/samples.npz")) and len(list(tmp_path.glob("out/*/step-*.json"))) == 40
 
 
 @pytest.mark.parametrize("text", ["", '{"gFID": 1.0, "I'])
@@ -458,12 +478,22 @@ def test_a_generator_s_operations_are_those_of_the_formula(tables):
     assert got == 2 * block + 2 * N * 2 * c * D + 2 * 2 * D**2 + 2 * (512 * D + D**2)
 
 
+def test_dc_ae_costs_what_the_paper_says(tables):
+    """607 GFLOPs, one per multiply-add; 323 M parameters (DC-AE's paper)."""
+    with torch.device("meta"):
+        network = tables.dc_ae()
+        encode, decode, attention = tables.coding_cost(network, torch.zeros(1, 3, 256, 256))
+    assert round((encode + decode) / 2e9) == 607 and 0 < attention < 1e9
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6) == 323
+
+
 def test_costs_are_printed(monkeypatch, capsys):
     """S–S costs 75 GFLOPs by hand, and convolutions; hours are of 1,281,167 images an epoch at 8 × 396 TFLOP/s."""
     call(monkeypatch, table=8, cost=True)
     tokenizers, stages, generator = capsys.readouterr().out.split("\n\n")[1:]
     head, _, *rows = tokenizers.strip().splitlines()
     rows = [row.strip("| ").split(" | ") for row in rows]
+    assert rows.pop()[0] == "DC-AE f32c32"
     cells = {name: [float(number) for number in numbers] for name, *numbers in rows}
     assert list(cells) == ["p8-stc-shuffle-none", "p8-stc-none"]
     assert {len(numbers) for numbers in cells.values()} == {head.count("|") - 2}

@@ -1,0 +1,193 @@
+"""Between stage 1 and the others: a frozen tokenizer, ours or anybody's, and the data set as its latents.
+
+    open_tokenizer                 from stage 1's checkpoint, or from a Python file (runs/tokenizers/ has examples)
+    measure_latents, normalise     the mean and std of its latents; for somebody else's tokenizer kept beside the cache
+    fill_cache, Pairs, encode      latents, encoded once into a file, or on the fly
+"""
+import importlib.util
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+import data
+import runtime
+from model import TCAE
+from runtime import check
+
+
+def open_tokenizer(path, dist, generator=None):
+    """The tokenizer at `path`, frozen: stage 1's checkpoint, or a Python file whose function `tokenizer()` returns a
+    module as Foreign takes it. (The file is run.) For a `generator`, what train_dit.py saved, it must have the latents
+    that it was trained on.
+
+    -> a module on dist.device with
+    encode(images) -> z, decode(z) -> images    as TCAE's, z normalised by latent_mean and latent_std, (c, 1, 1)
+    image_size, latent_shape                    pixels; (c, h, w)
+    latents_of                                  a fingerprint of the weights that its latents depend on
+    data_dir, shapes_images                     what it was trained on, as in train_tokenizer.py
+    """
+    if Path(path).suffix == ".py":
+        if not dist.first:
+            dist.wait()  # while the first process downloads what it needs, or fits it
+        network = run_file(path)
+        if dist.first:
+            dist.wait()
+        tokenizer, latents_of = Foreign(network), runtime.fingerprint(network.state_dict())
+        settings = {"data_dir": "imagenet", "shapes_images": 20000}
+        settings |= {name: getattr(network, name) for name in (*settings, *Foreign.NEEDED) if hasattr(network, name)}
+    else:
+        saved = runtime.load_checkpoint(path, "tokenizer", kind="tokenizer")
+        tokenizer, latents_of, settings = TCAE.from_checkpoint(saved), runtime.latents_of(saved), saved["constants"]
+    side = settings["image_size"] // settings["downsample"]
+    tokenizer.latent_shape, tokenizer.latents_of = (settings["latent_channels"], side, side), latents_of
+    for name in "image_size", "data_dir", "shapes_images":
+        setattr(tokenizer, name, settings[name])
+    if generator:
+        check(generator["latents_of"] == latents_of, f"tokenizer={path} has other latents than the generator was "
+              f"trained on, those of {generator['constants']['tokenizer']}")
+        for name in generator.keys() & {"latent_mean", "latent_std"}:
+            setattr(tokenizer, name, generator[name])
+    return tokenizer.eval().requires_grad_(False).to(dist.device)
+
+
+def run_file(path):
+    """What the function `tokenizer` of a Python file returns."""
+    check(Path(path).is_file(), f"tokenizer={path}: there is no such file")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        check(hasattr(module, "tokenizer"), f"tokenizer={path} has no function tokenizer()")
+        network = module.tokenizer()
+    except (ImportError, OSError) as error:  # a package that isn't installed, weights that can't be downloaded
+        runtime.fail(f"tokenizer={path}: {str(error).strip().splitlines()[0]}", everywhere=False)
+    missing = [name for name in Foreign.NEEDED if not hasattr(network, name)]
+    check(isinstance(network, nn.Module) and not missing,
+          f"tokenizer={path}: tokenizer() must return a torch.nn.Module with {', '.join(missing or Foreign.NEEDED)}")
+    return network
+
+
+class Foreign(nn.Module):
+    """Somebody else's tokenizer in TCAE's place. The network has
+
+    encode(images (B, 3, H, W) in [-1, 1]) -> (B, latent_channels, H / downsample, W / downsample), of any scale
+    decode(the same) -> images
+    image_size, downsample, latent_channels    ints
+    data_dir, shapes_images                    optional, as in train_tokenizer.py
+
+    latent_mean and latent_std are 0 and 1 until they are measured.
+    """
+
+    NEEDED = "encode", "decode", "image_size", "downsample", "latent_channels"
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+        self.register_buffer("latent_mean", torch.zeros(network.latent_channels, 1, 1))
+        self.register_buffer("latent_std", torch.ones(network.latent_channels, 1, 1))
+
+    def encode(self, images, with_tokens=False):
+        """As TCAE.encode; [CLS] and tokens, which are not known here, have no width."""
+        z = self.network.encode(images).float()
+        expected = len(images), *self.latent_shape
+        check(z.shape == expected, f"tokenizer: encode returns {tuple(z.shape)} where its constants say {expected}")
+        z = (z - self.latent_mean) / self.latent_std
+        return (images.new_zeros(len(images), 0), images.new_zeros(len(images), 1, 0), z) if with_tokens else z
+
+    def decode(self, z):
+        return self.network.decode(z * self.latent_std + self.latent_mean)
+
+
+@torch.no_grad()
+def measure_latents(tcae, source, image_size, images, workers, dist):
+    """Measures latent_mean and latent_std, per channel, on centre crops of `images` training images; sums are in
+    float64."""
+    tcae.latent_mean.zero_(), tcae.latent_std.fill_(1)
+    sums, count = torch.zeros(2, len(tcae.latent_mean), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for pixels, _ in data.eval_loader(source, image_size, data.eval_batch(image_size), dist, workers, images,
+                                      title="latent statistics"):
+        with dist.autocast():
+            z = tcae.encode(data.to_float(pixels, dist.device)).cpu().double()  # (b, c, h, w)
+        sums += torch.stack([z.sum((0, 2, 3)), (z**2).sum((0, 2, 3))])
+        count += z[:, 0].numel()
+    mean, square = dist.sum(sums) / dist.sum(count)
+    tcae.latent_mean.copy_(mean[:, None, None])
+    tcae.latent_std.copy_((square - mean**2).clamp(min=1e-12).sqrt()[:, None, None])
+
+
+def normalise(path, tcae, images, rebuild, workers, dist):
+    """Measures the latents of somebody else's tokenizer, once: mean and std stay in the file `path`."""
+    store = open_store(path, tcae, images, rebuild, 1, (2, *tcae.latent_mean.shape), np.float32, dist)
+    if len(store.to_do(dist)):
+        measure_latents(tcae, images, tcae.image_size, 50000, workers, dist)
+        if dist.first:
+            store.put([0], torch.stack([tcae.latent_mean, tcae.latent_std]).cpu().numpy())
+        dist.wait()
+    tcae.latent_mean, tcae.latent_std = torch.from_numpy(store.items[0].copy()).to(dist.device)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The data set as latents: encoded once into a cache, or on the fly
+
+
+class Pairs:
+    """A source for data.TrainLoader. Each item is an image and its mirror image: latents (2, c, h, w) float16 from the
+    cache, or, without one, pixels (2, H, W, 3) uint8."""
+
+    def __init__(self, images, image_size, store=None):
+        self.images, self.image_size, self.store, self.constant = images, image_size, store, images.constant
+
+    def __len__(self):
+        return len(self.images)
+
+    def load(self, i):
+        if not self.store:
+            pixels = data.center_crop(self.images.load(i), self.image_size)
+            pair = np.stack([pixels, pixels[:, ::-1]])
+        elif self.store.state[i] == 1:
+            pair = self.store.items[i]
+        else:
+            raise OSError("this image could not be decoded when the cache was filled")
+        return {"pair": pair, "label": self.images.labels[i], "index": i}
+
+    def name(self, i):
+        return self.images.name(i)
+
+
+def encode(tcae, pixels, dist):
+    """uint8 (B, H, W, 3) -> z (B, c, h, w), normalised, rounded to float16."""
+    with torch.no_grad(), dist.autocast():
+        return tcae.encode(data.to_float(pixels, dist.device)).half()
+
+
+def open_store(path, tcae, images, rebuild, count, shape, dtype, dist):
+    """The file at `path`, made if it isn't there, or if `rebuild`; one of another tokenizer or other images fails."""
+    check(os.path.isdir(os.path.dirname(path) or "."), f"cache={path}: there is no such folder")
+    about = {"tokenizer": tcae.latents_of, "image_size": tcae.image_size, "images": len(images),
+             "files": images.fingerprint()}
+    if rebuild and dist.first and os.path.exists(path):
+        os.remove(path)
+    dist.wait()  # until the old file is gone
+    differences = data.Store.differences(path, about)
+    check(not differences, f"cache: {path} was made from something else ({differences}). "
+                           "--rebuild_cache=True replaces it, another --cache keeps both")
+    return data.Store(path, about, count, shape, dtype, dist)
+
+
+def fill_cache(path, tcae, images, rebuild, workers, dist):
+    """The cache at `path`, completed: each process encodes its share of what it lacks."""
+    store = open_store(path, tcae, images, rebuild, len(images), (2, *tcae.latent_shape), np.float16, dist)
+    todo = store.to_do(dist)
+    batch = max(1, min(128, 128**3 // tcae.image_size**2))
+    for pixels, indices in data.eval_loader(images, tcae.image_size, batch, dist, workers, indices=todo,
+                                            title="encoding the data set once"):
+        both = torch.stack([pixels, pixels.flip(2)], dim=1).flatten(0, 1)  # (2 b, H, W, 3): image, mirror image, …
+        z = encode(tcae, both, dist).cpu().unflatten(0, (-1, 2))  # (b, 2, c, h, w)
+        store.put(indices.numpy(), z.numpy())
+    mine = todo[dist.rank::dist.count]
+    store.state[mine[store.state[mine] == 0]] = 2  # what is still to do could not be decoded
+    store.flush()
+    return store
