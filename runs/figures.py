@@ -2,7 +2,6 @@
 
     python runs/figures.py --only=flow          # the encoder's token counts, drawn
     python runs/figures.py --only=study         # from docs/study/*.json: quality, structure loss, claim by claim
-    python runs/figures.py --only=samples       # from out/study: the same noise through the generators of Table 2's rows
     python runs/figures.py --only=colours       # from out/study: tokens and latents as colours, without and with SSL
 """
 import os
@@ -27,10 +26,10 @@ from model import TCAE
 from runtime import check
 from shapes import Shapes
 
-only = ""  # flow, study, samples, colours, or several: flow,study; "" = all
+only = ""  # flow, study, colours, or several: flow,study; "" = all
 study_dir = "out/study"  # runs/study.py's out_dir
 data_dir = "cifar10"  # for the colours
-seed = 0  # of the study, for samples and colours
+seed = 0  # of the study, for the colours
 out_dir = "docs"
 
 INK, GREY, BLUE, ORANGE, GREEN = "#222222", "#8a8a8a", "#2b6cb0", "#dd6b20", "#2f855a"
@@ -138,23 +137,6 @@ def study_figure():
     save(figure, "study.png")
 
 
-def samples_figure():
-    """study_samples.png: sample i of every row began with the same noise and class."""
-    rows = [("p4-none", "neither"), ("p4-stc-none", "STC"), ("p4", "SSL"), ("p4-stc", "both")]
-    found = [(name, path) for row, name in rows
-             if (path := Path(study_dir, f"{row}-seed{seed}", "guided", "samples.npz")).exists()]
-    check(found, f"study_dir={study_dir}: no row has samples yet; run runs/study.py first")
-    figure, axes = plt.subplots(len(found), 1, figsize=(9, 0.62 * len(found) + 0.1), squeeze=False)
-    for (name, path), panel in zip(found, axes[:, 0]):
-        with np.load(path) as file:
-            panel.imshow(np.concatenate([np.pad(x, ((1, 1), (1, 1), (0, 0)), constant_values=255)
-                                         for x in file["arr_0"][:20]], axis=1), interpolation="nearest")
-        panel.axis("off")
-        panel.text(-8, 17, name, ha="right", va="center", fontsize=9)
-    figure.subplots_adjust(hspace=0.02)
-    save(figure, "study_samples.png")
-
-
 @torch.no_grad()
 def colours():
     """study_colours.png: three principal components of the encoder's tokens and of the latents, as red, green, blue."""
@@ -188,7 +170,7 @@ def colours():
     save(figure, "study_colours.png")
 
 
-FIGURES = {"flow": flow, "study": study_figure, "samples": samples_figure, "colours": colours}
+FIGURES = {"flow": flow, "study": study_figure, "colours": colours}
 
 
 def main():
