@@ -1,15 +1,18 @@
 """A script's constants, overridden by config files and the command line, as in nanoGPT; and errors of one line.
 
-    configure      configure(globals()) at the start of a script's main()
-    check, fail    end the program with one line
+    configure            configure(globals()) at the start of a script's main()
+    check, fail          end the program with one line
+    show_exception       what of several processes ends them with a traceback
 """
 import ast
 import difflib
+import json
 import math
 import os
 import re
 import runpy
 import sys
+import time
 from pathlib import Path
 
 
@@ -17,9 +20,29 @@ def fail(message, everywhere=True):
     """Ends the program with one line on standard error and exit status 1. Of several processes only the first prints
     it, unless the problem may be this one's alone (everywhere=False)."""
     rank = int(os.environ.get("RANK", 0))
-    if rank > 0 and everywhere:
-        raise SystemExit(1)
-    raise SystemExit(f"error{f' in process {rank}' if rank else ''}: {message}")
+    line = f"error{f' in process {rank}' if rank and not everywhere else ''}: {message}"
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # one status of 1 is enough: torchrun's report has a part for each
+        raise SystemExit(line if fails_first(line) else 0)
+    raise SystemExit(1 if rank > 0 and everywhere else line)
+
+
+def fails_first(line):
+    """Whether no other process of this machine has failed before, under torchrun. If so, `line` is what torchrun's
+    report of the failure ends with; the others leave without a word."""
+    record = Path(os.environ["TORCHELASTIC_ERROR_FILE"])  # each process has a folder of its own, side by side
+    try:
+        Path(record.parents[1], "failed").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    details = {"py_callstack": line, "timestamp": str(int(time.time()))}
+    record.write_text(json.dumps({"message": {"message": line, "extraInfo": details}}))
+    return True
+
+
+def show_exception(kind, error, trace):
+    """sys.excepthook of several processes: when one fails, all others lose their connection to it, and say nothing."""
+    if "TORCHELASTIC_ERROR_FILE" not in os.environ or fails_first(f"{kind.__name__}: {error}"):
+        sys.__excepthook__(kind, error, trace)
 
 
 def check(condition, message):

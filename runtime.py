@@ -1,6 +1,7 @@
 """What every script needs to start, log, stop and resume. Nothing here is about images.
 
     Distributed            this process among the others: device, precision, sums over all of them, SIGTERM
+    leave                  the end of every process
     open_run, check_training, make_folder    the start of a training script
     save_checkpoint, load_checkpoint, check_resumable, header, fingerprint, latents_of
     Log, Progress, bar     log.jsonl, and what a terminal or a batch job's log shows
@@ -8,25 +9,41 @@
 
 configure, check and fail are in configurator.py; the scripts call them as runtime.configure and so on.
 """
+import atexit
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from configurator import check, configure, fail  # noqa: F401
+from configurator import check, configure, fail, show_exception  # noqa: F401
 
 HERE = Path(__file__).parent
 
 
 class Stopped(Exception):
     """Some process got SIGTERM; raised in all of them together."""
+
+
+@atexit.register
+def leave():
+    """The end of every process, after its last line: its loading workers, which no SIGTERM ends, end at once. If the
+    others are still connected, it failed; then gloo's threads must not end it instead, with a line of their own. Under
+    torchrun only the process that said why has failed (configurator.fails_first)."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises an error about every worker
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    if torch.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(int(os.path.exists(os.environ.get("TORCHELASTIC_ERROR_FILE", "/"))))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -47,6 +64,7 @@ class Distributed:
         if self.count > 1:  # gloo for what the CPUs exchange (stop flags, file names), NCCL between GPUs
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             torch.distributed.init_process_group(backend)
+            sys.excepthook = show_exception
         check(seed < 2**63, f"seed={seed} must be below 2^63")
         torch.manual_seed(seed)
         torch.set_float32_matmul_precision("high")  # TF32 for matrix products that stay in float32

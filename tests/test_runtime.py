@@ -154,6 +154,38 @@ def test_only_the_first_process_speaks(monkeypatch):
     runtime.check(True, "no error")
 
 
+def last_words(result):
+    """The last line of a failed run under torchrun that is not one of its rules."""
+    assert result.returncode == 1 and result.stderr.count("exitcode  :") == 1, result.stderr
+    return [line for line in result.stderr.splitlines() if line.strip("=")][-1].removeprefix("  traceback : ")
+
+
+def test_a_failure_under_torchrun_ends_with_its_line():
+    """torchrun's report comes last, and its own last line is ours; the other processes are not in it. The paper's run
+    where there is no ImageNet says what to put there."""
+    result = run_script("train_tokenizer.py", "--patch_size=8", nproc=2, ok=False)
+    line, = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert last_words(result) == line and "data_dir=imagenet" in line and "--data_dir=shapes" in line
+
+
+def test_an_exception_under_torchrun_is_the_only_one(tmp_path):
+    """One process fails, the other one's connection breaks: that is not what one wants to read."""
+    (tmp_path / "script.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import runtime, torch
+dist = runtime.Distributed("cpu", "float32")
+for step in range(1000):
+    if (step, dist.rank) == (3, 1):
+        raise ValueError("on this process alone")
+    dist.sum(torch.ones(1))
+""")
+    result = run_script(tmp_path / "script.py", nproc=2, ok=False)
+    assert "exitcode  : 1" in result.stderr and "onnection" not in result.stderr
+    assert [line for line in result.stderr.splitlines() if line.strip("=")][-1].endswith(
+        "ValueError: on this process alone")
+
+
 @pytest.mark.parametrize("arguments, name", [(("abacus",), "device='abacus'"), (("cpu", "float8"), "dtype='float8'")])
 def test_a_device_or_type_that_is_not_there_is_named(arguments, name):
     """device=cuda on a laptop is the common case."""
