@@ -14,6 +14,7 @@ import runpy
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 
 def fail(message, everywhere=True):
@@ -69,7 +70,8 @@ def configure(script, arguments=None):
     def override(name, value, where):
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
-            fail(f"{where}: there is no constant {name}" + (f"; did you mean {near[0]}?" if near else " (see --help)"))
+            fail(f"{where}: there is no constant {name}" + (f"; did you mean {near[0]}?" if near else " (see --help)")
+                 + (f"; the name of a helper begins with _, as _{name}" if where != "command line" else ""))
         script[name] = convert(name, value, script[name], where)
 
     for path in (a for a in arguments if not a.startswith("-")):
@@ -80,7 +82,7 @@ def configure(script, arguments=None):
         except Exception as error:
             fail(f"{path} is not a config file, or has an error: {type(error).__name__}: {error}")
         for name, value in overrides.items():
-            if not name.startswith("_"):
+            if not name.startswith("_") and not isinstance(value, ModuleType):
                 override(name, value, path)
     for argument in (a for a in arguments if a.startswith("-")):
         match = re.fullmatch(r"--([\w-]+)=(.*)", argument, re.DOTALL)
@@ -96,7 +98,7 @@ def convert(name, value, default, where):
     if isinstance(value, str):
         text = value.strip().strip("\"'")
         try:
-            value = text if wanted is str else ast.literal_eval(text.capitalize() if wanted is bool else text)
+            value = os.path.expanduser(text) if wanted is str else ast.literal_eval(text.capitalize() if wanted is bool else text)
         except (ValueError, SyntaxError):
             value = text
     if default in ("auto", "True", "False") and str(value).lower() in ("true", "false"):
