@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.utils.data import default_collate
 
-from runtime import Stopped, bar, check, fail
+from runtime import SIGNALS, Stopped, bar, check, fail
 from shapes import Shapes
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp"}
@@ -187,7 +187,7 @@ class TrainLoader:
         order = training_order(len(source), batch_size, start, steps, seed, dist.rank, dist.count, micro_batches)
         self.batches = iter(torch.utils.data.DataLoader(
             TrainBatches(source, transform, seed, collate, short_side), sampler=order, batch_size=None,
-            num_workers=workers, worker_init_fn=outlive_sigterm, pin_memory=dist.device.type == "cuda"))
+            num_workers=workers, worker_init_fn=outlive_signals, pin_memory=dist.device.type == "cuda"))
         self.source, self.dist, self.seconds, self.bad, self.reported = source, dist, 0.0, [], set()
 
     def __iter__(self):
@@ -260,7 +260,7 @@ def eval_loader(source, size, batch_size, dist, workers=0, images=0, title="", i
     mine = (spread(source, count) if indices is None else indices)[dist.rank::dist.count].tolist()
     loader = torch.utils.data.DataLoader(
         CenterCrops(source, size), sampler=[mine[k:k + batch_size] for k in range(0, len(mine), batch_size)],
-        batch_size=None, num_workers=workers, worker_init_fn=outlive_sigterm)
+        batch_size=None, num_workers=workers, worker_init_fn=outlive_signals)
     for pixels, chosen, names in bar(loader, dist, desc=title) if title else loader:
         bad += names
         if len(pixels) or keep_empty:
@@ -312,10 +312,11 @@ def report_bad_files(source, images, bad, reported, dist):
              + ", ".join(sorted(reported)))
 
 
-def outlive_sigterm(_):
-    """For loading workers. A scheduler sends SIGTERM to every process of a job, but the training process needs its
-    workers until the end of the step, where it saves; it ends them itself (runtime.leave)."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def outlive_signals(_):
+    """For loading workers. A scheduler or a terminal sends signals to every process of a job, but the training process
+    needs its workers until the end of the step, where it saves; it ends them itself (runtime.leave)."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def eval_batch(size):

@@ -13,7 +13,6 @@ Prints a table and writes it to eval.json, beside the checkpoint or the samples.
 import json
 import logging
 import os
-import signal
 import struct
 import zipfile
 from pathlib import Path
@@ -521,8 +520,7 @@ def main():
     check(os.path.exists(given), f"{name}={given}: there is no such file or folder")
     path = out or os.path.join(os.path.dirname(given.rstrip("/")), "eval.json")
     check(os.access(os.path.dirname(path) or ".", os.W_OK) and not os.path.isdir(path), f"out={path} can't be written")
-    dist = runtime.Distributed(device, dtype)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to save
+    dist = runtime.Distributed(device, dtype, saves=False)
     torch.set_float32_matmul_precision("highest")  # no TF32 in metrics
     torch.backends.cudnn.allow_tf32 = False
     about, results = (evaluate_tokenizer if tokenizer else evaluate_pairs if paired else evaluate_samples)(dist)

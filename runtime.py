@@ -27,15 +27,16 @@ from tqdm import tqdm
 from configurator import check, configure, fail, show_exception  # noqa: F401
 
 HERE = Path(__file__).parent
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1  # a scheduler's, the first Ctrl-C, Slurm's warning
 
 
 class Stopped(Exception):
-    """Some process got SIGTERM; raised in all of them together."""
+    """Some process got one of SIGNALS; raised in all of them together."""
 
 
 @atexit.register
 def leave():
-    """The end of every process, after its last line: its loading workers, which no SIGTERM ends, end at once. If the
+    """The end of every process, after its last line: its loading workers, which ignore SIGNALS, end at once. If the
     others are still connected, it failed; then gloo's threads must not end it instead, with a line of their own. Under
     torchrun only the process that said why has failed (configurator.fails_first)."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises an error about every worker
@@ -54,10 +55,10 @@ class Distributed:
     """This process, alone or among those that torchrun started.
 
     rank and count; first: rank 0, which writes the files. device: CUDA, MPS or CPU. dtype, for autocast: torch.bfloat16
-    where that is faster, else torch.float32. stop: True once this process got SIGTERM.
+    where that is faster, else torch.float32. stop: True once this process got one of SIGNALS; saves=False: they end it.
     """
 
-    def __init__(self, device="auto", dtype="auto", seed=0):
+    def __init__(self, device="auto", dtype="auto", seed=0, saves=True):
         self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.first = self.rank == 0
         self.device = self.pick_device(device)
@@ -72,12 +73,14 @@ class Distributed:
         check(dtype in ("auto", "bfloat16", "float32"), f"dtype={dtype!r}: it is 'auto', 'bfloat16' or 'float32'")
         self.dtype = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and self.bf16_pays() else torch.float32
         self.stop = False
-        signal.signal(signal.SIGTERM, self.on_sigterm)
+        for number in SIGNALS if saves else ():
+            signal.signal(number, self.on_signal)
         self.print(f"{self.count} process{'es' if self.count > 1 else ''} on {self.device_name()}, "
                    f"{'bfloat16 autocast' if self.dtype == torch.bfloat16 else 'float32'}")
 
-    def on_sigterm(self, *_):
+    def on_signal(self, *_):
         self.stop = True
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the second Ctrl-C ends the program
 
     def pick_device(self, name):
         if name == "auto":
@@ -156,7 +159,7 @@ class Distributed:
         return [item for each in lists for item in each]
 
     def stop_requested(self):
-        """Whether any process got SIGTERM. All must call it. The sum is the CPUs', so it does not wait for a GPU."""
+        """Whether any process got one of SIGNALS. All must call it. The sum is the CPUs', so it does not wait for a GPU."""
         return bool(self.sum(torch.tensor(float(self.stop))))
 
     def print(self, *words):

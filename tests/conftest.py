@@ -13,11 +13,21 @@ sys.path.insert(0, str(ROOT))
 if Path(getattr(sys.modules.get("ssl"), "__file__", "")) != ROOT / "ssl.py":
     sys.modules.pop("ssl", None)
 
+import pytest  # noqa: E402
 import ssl  # noqa: E402
 import torch  # noqa: E402
 
 assert Path(ssl.__file__) == ROOT / "ssl.py"
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """A script that runs in this process takes its signals over."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def clean_environment(**more):

@@ -181,9 +181,26 @@ def test_latents_of_a_finished_run_are_normalised(straight):
 # Stopped and resumed
 
 
+def test_an_exception_ends_the_run_at_once(tmp_path):
+    """Its loading workers, which ignore SIGTERM, must neither keep it for half a minute nor have the last word."""
+    result = run_script("-c", f"""
+import os, sys, time, runtime, train_tokenizer
+
+def fail(progress, terms):
+    print(time.time())
+    raise ValueError("in the training process")
+
+runtime.Progress.add = fail
+sys.argv = ["train_tokenizer.py", *{arguments(workers=2, out_dir=tmp_path)!r}]
+train_tokenizer.main()
+""", ok=False)
+    assert time.time() - float(result.stdout.splitlines()[-1]) < 5
+    assert result.stderr.endswith("ValueError: in the training process\n") and result.returncode == 1
+
+
 def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights(straight, tmp_path, here):
-    """SIGTERM midway saves and exits 0, though the loading worker gets it too, as from a scheduler. Resumed, with
-    other workers, every tensor is the same bit for bit. In between, starting again without resume and with another
+    """Ctrl-C midway saves and exits 0, though the loading worker gets it too, as from a terminal. Resumed, with other
+    workers, every tensor is the same bit for bit. In between, starting again without resume and with another
     constant are both refused and change nothing."""
     same = dict(epochs=2, freeze_prototypes_epochs=1, out_dir=tmp_path)
     process = subprocess.Popen([sys.executable, "train_tokenizer.py", *arguments(**same, workers=1)], cwd=ROOT,
@@ -192,7 +209,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights(straight, 
     path = tmp_path / "log.jsonl"
     while not (path.exists() and path.read_text().count("\n")) and process.poll() is None:
         time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "SIGTERM" in printed and str(tmp_path / "checkpoint.pt") in printed
     stopped = checkpoint(tmp_path)["step"]
