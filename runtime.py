@@ -11,11 +11,13 @@ configure, check and fail are in configurator.py; the scripts call them as runti
 """
 import atexit
 import hashlib
+import importlib.util
 import json
 import math
 import multiprocessing
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -27,6 +29,8 @@ from tqdm import tqdm
 from configurator import check, configure, fail, show_exception  # noqa: F401
 
 HERE = Path(__file__).parent
+if not hasattr(ssl, "IBOTLoss"):  # a debugger, Jupyter or a plugin had imported Python's own: ours becomes a part of it
+    importlib.util.spec_from_file_location("ssl", HERE / "ssl.py").loader.exec_module(ssl)
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1  # a scheduler's, the first Ctrl-C, Slurm's warning
 
 

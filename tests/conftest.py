@@ -9,15 +9,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-# pytest or a plugin may have imported Python's ssl before this folder came first; the tests must find the project's
-if Path(getattr(sys.modules.get("ssl"), "__file__", "")) != ROOT / "ssl.py":
-    sys.modules.pop("ssl", None)
 
 import pytest  # noqa: E402
-import ssl  # noqa: E402
+import runtime  # noqa: E402, F401 (pytest or a plugin may have imported Python's ssl: it adds ours)
 import torch  # noqa: E402
 
-assert Path(ssl.__file__) == ROOT / "ssl.py"
 torch.set_num_threads(1)
 
 
