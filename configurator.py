@@ -1,8 +1,7 @@
 """A script's constants, overridden by config files and the command line, as in nanoGPT; and errors of one line.
 
-    configure            configure(globals()) at the start of a script's main()
-    check, fail          end the program with one line
-    show_exception       what of several processes ends them with a traceback
+    configure                       configure(globals()) at the start of a script's main()
+    check, fail, show_exception     end the program with one line, or one process of several with its traceback
 """
 import ast
 import difflib
@@ -96,9 +95,9 @@ def convert(name, value, default, where):
     """Converts `value`, from a config file or as text from the command line, to the type of `default`."""
     wanted = type(default)
     if isinstance(value, str):
-        text = value.strip().strip("\"'")
+        text = os.path.expanduser(value.strip().strip("\"'"))
         try:
-            value = os.path.expanduser(text) if wanted is str else ast.literal_eval(text.capitalize() if wanted is bool else text)
+            value = text if wanted is str else ast.literal_eval(text.capitalize() if wanted is bool else text)
         except (ValueError, SyntaxError):
             value = text
     if default in ("auto", "True", "False") and str(value).lower() in ("true", "false"):
