@@ -10,12 +10,14 @@
 configure, check and fail are in configurator.py; the scripts call them as runtime.configure and so on.
 """
 import atexit
+import fcntl
 import hashlib
 import importlib.util
 import json
 import math
 import multiprocessing
 import os
+import platform
 import signal
 import ssl
 import subprocess
@@ -76,7 +78,7 @@ class Distributed:
         torch.set_flush_denormal(True)  # numbers below 1e-38 become 0: they slow a CPU down many times
         check(dtype in ("auto", "bfloat16", "float32"), f"dtype={dtype!r}: it is 'auto', 'bfloat16' or 'float32'")
         self.dtype = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and self.bf16_pays() else torch.float32
-        self.stop = False
+        self.stop, self.locks = False, {}
         for number in SIGNALS if saves else ():
             signal.signal(number, self.on_signal)
         self.print(f"{self.count} process{'es' if self.count > 1 else ''} on {self.device_name()}, "
@@ -175,8 +177,27 @@ class Distributed:
         if self.count > 1:
             torch.distributed.barrier()
 
+    def lock(self, path, what):
+        """Until close(), `what` belongs to this run: another one, on whatever machine, ends with one line. `path`: the
+        file to lock. The kernel frees it however a process ends, and does not give it to the loading workers."""
+        if not self.first or path in self.locks:
+            return
+        try:
+            file = self.locks[path] = open(path, "a+")
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            fail(f"{what} is in use by {file.read()}: wait until it ends, or give another")
+        except OSError as error:  # some network file systems have no locks
+            print(f"{what} can't be locked ({error.strerror}): see that no other run writes there")
+        else:
+            file.truncate(0)
+            print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
+
     def close(self):
         """All processes exit together: one that exits while the first still draws or measures would seem to fail."""
+        for file in self.locks.values():
+            file.close()
         if self.count > 1:
             self.wait()
             torch.distributed.destroy_process_group()
@@ -221,13 +242,15 @@ def check_training(constants, dist, positive=()):
               f"{name}={constants.get(name)} is more than epochs={constants['epochs']}")
 
 
-def make_folder(out_dir):
-    """Makes the folder unless it is there."""
+def make_folder(out_dir, dist=None):
+    """Makes the folder unless it is there. It belongs to this run, if there is one."""
     try:
         os.makedirs(out_dir, exist_ok=True)
     except OSError as error:
         fail(f"out_dir={out_dir} can't be made: {error.strerror}", everywhere=False)
     check(os.access(out_dir, os.W_OK), f"out_dir={out_dir} can't be written to")
+    if dist:
+        dist.lock(os.path.join(out_dir, ".lock"), f"out_dir={out_dir}")
 
 
 def save_checkpoint(path, state):

@@ -115,6 +115,8 @@ def fill_cache(path, tcae, latents_of, images, image_size, shape, dist):
     """Opens or creates the cache at `path`; then each process encodes its share of the images that are missing."""
     check(os.path.isdir(os.path.dirname(path) or "."), f"cache={path}: there is no such folder")
     about = {"tokenizer": latents_of, "image_size": image_size, "images": len(images), "files": images.fingerprint()}
+    if rebuild_cache or not os.path.exists(path):
+        dist.lock(f"{path}.lock", f"cache: {path}")
     if rebuild_cache and dist.first and os.path.exists(path):
         os.remove(path)
     dist.wait()  # until the old file is gone
@@ -123,6 +125,8 @@ def fill_cache(path, tcae, latents_of, images, image_size, shape, dist):
                            "--rebuild_cache=True replaces it, another --cache keeps both")
     store = data.Store(path, about, len(images), (2, *shape), np.float16, dist)
     todo = store.to_do(dist)
+    if len(todo):
+        dist.lock(f"{path}.lock", f"cache: {path}")
     batch = max(1, min(128, 128**3 // image_size**2))
     for pixels, indices in data.eval_loader(images, image_size, batch, dist, workers, indices=todo,
                                             title="encoding the data set once"):
@@ -161,7 +165,7 @@ def main():
         return dist.close()
     check_constants(dist)
     dist.compiles(compile)  # if compile=True doesn't work here, fail now, not after an hour of encoding
-    runtime.make_folder(out_dir)
+    runtime.make_folder(out_dir, dist)
 
     # The tokenizer, frozen
     saved = runtime.load_checkpoint(tokenizer, "tokenizer", kind="tokenizer")

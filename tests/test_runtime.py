@@ -4,9 +4,12 @@ import hashlib
 import io
 import json
 import math
+import os
 import platform
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +21,7 @@ import torch
 import configurator
 import pretrained
 import runtime
-from conftest import ROOT, python, run_script
+from conftest import ROOT, clean_environment, python, run_script
 
 SCRIPT = '''"""A script."""
 import os
@@ -309,6 +312,32 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     for path in tmp_path / "file", tmp_path / "file" / "b":
         assert f"out_dir={path}" in failure(runtime.make_folder, path)
+
+
+LOCK = """import os, time, runtime
+dist = runtime.Distributed("cpu", "float32")
+runtime.make_folder({out!r}, dist)
+if os.fork():
+    print(os.getpid(), flush=True)
+time.sleep(60)  # so does a loading worker"""
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
+    """The second one says whose it is. When the first ends, were it by kill -9 and were its workers still there, the
+    folder is free."""
+    out = tmp_path / "out"
+    first = subprocess.Popen([sys.executable, "-c", LOCK.format(out=str(out))], cwd=ROOT, env=clean_environment(),
+                             stdout=subprocess.PIPE, text=True, start_new_session=True)
+    pid = [first.stdout.readline() for _ in range(2)][1].strip()
+    dist = runtime.Distributed("cpu", "float32")
+    try:
+        message = failure(runtime.make_folder, out, dist)
+        assert f"out_dir={out} is in use by process {pid} on {platform.node()}" in message
+        first.kill()
+        first.wait()
+        runtime.make_folder(out, runtime.Distributed("cpu", "float32"))
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
 
 
 def test_only_free_constants_may_change_on_resume():

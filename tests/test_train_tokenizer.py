@@ -117,7 +117,7 @@ def test_a_run_leaves_what_it_promises(straight):
     assert Image.open(straight / "reconstructions.png").width >= 8 * 32
     state = checkpoint(straight)
     assert state["finished"] and state["step"] == 20 and state["constants"]["patch_size"] == 4
-    assert {path.name for path in straight.iterdir()} == {"checkpoint.pt", "log.jsonl", "reconstructions.png"}
+    assert {path.name for path in straight.glob("[!.]*")} == {"checkpoint.pt", "log.jsonl", "reconstructions.png"}
 
 
 @pytest.mark.filterwarnings("ignore:.*pretrained:UserWarning", "ignore:.*weight enum:UserWarning")
