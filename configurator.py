@@ -1,19 +1,27 @@
-"""A script's constants, overridden by config files and the command line, as in nanoGPT; and errors of one line.
+"""A script's constants, overridden by config files and the command line, as in nanoGPT; and how it ends.
 
-    configure                       configure(globals()) at the start of a script's main()
-    check, fail, show_exception     end the program with one line, or one process of several with its traceback
+    configure                configure(globals()) at the start of a script's main()
+    check, fail              end the program with one line
+    show_exception, leave    of several processes the first that fails shows why; loading workers end with theirs
 """
 import ast
+import atexit
 import difflib
 import json
 import math
+import multiprocessing
 import os
 import re
 import runpy
+import signal
 import sys
 import time
 from pathlib import Path
 from types import ModuleType
+
+import torch
+
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1  # a scheduler's, the first Ctrl-C, Slurm's warning
 
 
 def fail(message, everywhere=True):
@@ -49,6 +57,19 @@ def check(condition, message):
     """`fail(message)` unless `condition`. The message names the constant that is to blame."""
     if not condition:
         fail(message)
+
+
+@atexit.register
+def leave():
+    """The end of every process, after its last line: its loading workers, which ignore SIGNALS, end at once. If the
+    others are still connected, it failed; then gloo's threads must not end it instead, with a line of their own. Under
+    torchrun only the process that said why has failed (fails_first)."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises an error about every worker
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    if torch.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(int(os.path.exists(os.environ.get("TORCHELASTIC_ERROR_FILE", "/"))))
 
 
 def configure(script, arguments=None):

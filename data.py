@@ -14,6 +14,8 @@ import math
 import os
 import signal
 import time
+import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.utils.data import default_collate
 
-from runtime import SIGNALS, Stopped, bar, check, fail
+from runtime import HIDDEN, SIGNALS, Stopped, bar, check, fail, files_below
 from shapes import Shapes
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp"}
@@ -38,14 +40,19 @@ class ImageFolder:
 
     def __init__(self, root, constant="data_dir", by_class=True):
         self.root, self.constant, self.paths, self.labels = root, constant, [], []
-        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if by_class else [""]
-        check(self.classes, f"{constant}: {root} has no subfolders; it must hold one folder of images per class")
+        folders = {unicodedata.normalize("NFC", entry.name): entry for entry in os.scandir(root)  # é has two forms
+                   if entry.is_dir() and not entry.name.startswith(HIDDEN)} if by_class else {"": root}
+        check(folders, f"{constant}: {root} has no subfolders; it must hold one folder of images per class")
+        self.classes, left_out = sorted(folders), Counter()
         for label, name in enumerate(self.classes):
-            found = sorted(os.path.join(folder, file) for folder, _, files in os.walk(Path(root, name))
-                           for file in files if Path(file).suffix.lower() in EXTENSIONS)
+            files = sorted(files_below(folders[name]))
+            found = [path for path in files if Path(path).suffix.lower() in EXTENSIONS]
             check(found, f"{constant}: the folder {Path(root, name)} holds no images ({', '.join(sorted(EXTENSIONS))})")
             self.paths += found
             self.labels += [label] * len(found)
+            left_out.update(Path(path).suffix.lower() or "others" for path in set(files) - set(found))
+        if left_out and os.environ.get("RANK", "0") == "0":
+            print(f"{constant}: left out of {root}:", ", ".join(f"{n} {kind}" for kind, n in sorted(left_out.items())))
 
     def __len__(self):
         return len(self.paths)
@@ -314,7 +321,7 @@ def report_bad_files(source, images, bad, reported, dist):
 
 def outlive_signals(_):
     """For loading workers. A scheduler or a terminal sends signals to every process of a job, but the training process
-    needs its workers until the end of the step, where it saves; it ends them itself (runtime.leave)."""
+    needs its workers until the end of the step, where it saves; it ends them itself (configurator.leave)."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -1,21 +1,18 @@
 """What every script needs to start, log, stop and resume. Nothing here is about images.
 
     Distributed            this process among the others: device, precision, sums over all of them, SIGTERM
-    leave                  the end of every process
-    open_run, check_training, make_folder    the start of a training script
+    open_run, check_training, make_folder, files_below    the start of a training script; what is in a folder
     save_checkpoint, load_checkpoint, check_resumable, header, fingerprint, latents_of
     Log, Progress, bar     log.jsonl, and what a terminal or a batch job's log shows
     cosine, update_ema     the schedule of learning rate and teacher momentum; moving averages of weights
 
-configure, check and fail are in configurator.py; the scripts call them as runtime.configure and so on.
+configure, check, fail and how a process ends are in configurator.py; the scripts call them as runtime.configure etc.
 """
-import atexit
 import fcntl
 import hashlib
 import importlib.util
 import json
 import math
-import multiprocessing
 import os
 import platform
 import signal
@@ -28,29 +25,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from configurator import check, configure, fail, show_exception  # noqa: F401
+from configurator import SIGNALS, check, configure, fail, show_exception  # noqa: F401
 
 HERE = Path(__file__).parent
 if not hasattr(ssl, "IBOTLoss"):  # a debugger, Jupyter or a plugin had imported Python's own: ours becomes a part of it
     importlib.util.spec_from_file_location("ssl", HERE / "ssl.py").loader.exec_module(ssl)
-SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1  # a scheduler's, the first Ctrl-C, Slurm's warning
+HIDDEN = ".", "@eaDir", "__MACOSX"  # how names begin that a Mac or a file server adds
 
 
 class Stopped(Exception):
     """Some process got one of SIGNALS; raised in all of them together."""
-
-
-@atexit.register
-def leave():
-    """The end of every process, after its last line: its loading workers, which ignore SIGNALS, end at once. If the
-    others are still connected, it failed; then gloo's threads must not end it instead, with a line of their own. Under
-    torchrun only the process that said why has failed (configurator.fails_first)."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises an error about every worker
-    for worker in multiprocessing.active_children():
-        worker.kill()
-    if torch.distributed.is_initialized():
-        sys.stdout.flush()
-        os._exit(int(os.path.exists(os.environ.get("TORCHELASTIC_ERROR_FILE", "/"))))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -251,6 +235,15 @@ def make_folder(out_dir, dist=None):
     check(os.access(out_dir, os.W_OK), f"out_dir={out_dir} can't be written to")
     if dist:
         dist.lock(os.path.join(out_dir, ".lock"), f"out_dir={out_dir}")
+
+
+def files_below(root, parents=()):
+    """Paths of all regular files below `root`. Links are followed, except in a circle; HIDDEN names are left out."""
+    for entry in os.scandir(root):
+        if entry.is_file() and not entry.name.startswith(HIDDEN):
+            yield entry.path
+        elif entry.is_dir() and not entry.name.startswith(HIDDEN) and os.path.realpath(entry) not in parents:
+            yield from files_below(entry.path, (*parents, os.path.realpath(entry)))
 
 
 def save_checkpoint(path, state):

@@ -1,5 +1,8 @@
 """Images in: what is on disk becomes the right RGB, every fault is one clear line, every step has its own images."""
 import contextlib
+import os
+import shutil
+import unicodedata
 from types import SimpleNamespace
 
 import numpy as np
@@ -206,6 +209,34 @@ def test_classes_are_the_folders_in_alphabetical_order(folder):
     photo(8, 8).save(folder / "train" / "ant" / "deep" / "er" / "x.png")
     source = data.open_split(folder, "train", 32, 0)
     assert source.classes == ["ant", "cat", "dog"] and source.labels == [0, 1, 1, 2, 2]
+
+
+def test_what_a_folder_holds(folder, capsys):
+    """Links are followed at every depth, but not in a circle; what a Mac or a file server adds is no class and no
+    image; a pipe is no file; what else is no image is counted. One class, whichever way its é is written."""
+    train, elsewhere = folder / "train", folder / "elsewhere"
+    (elsewhere / "deep").mkdir(parents=True)
+    photo(8, 8).save(elsewhere / "deep" / "a.png")
+    (train / "eel").symlink_to(elsewhere)
+    (train / "cat" / "more").symlink_to(elsewhere)
+    (elsewhere / "deep" / "circle").symlink_to(elsewhere)
+    (elsewhere / "deep" / "gone.png").symlink_to(folder / "nowhere")
+    os.mkfifo(train / "dog" / "pipe.jpg")
+    for name in ".thumbs", "@eaDir", "__MACOSX":
+        for place in train, train / "dog":
+            shutil.copytree(elsewhere / "deep", place / name, symlinks=True)
+    for name in "._0.png", "a.bmp", "b.BMP", "c.avif", "d":
+        (train / "dog" / name).write_bytes(b"")
+    source = data.open_split(folder, "train", 32, 0)
+    assert source.classes == ["cat", "dog", "eel"]
+    assert [path.removeprefix(f"{train}/") for path in source.paths] == [
+        "cat/0.png", "cat/1.png", "cat/more/deep/a.png", "dog/0.png", "dog/1.png", "eel/deep/a.png"]
+    assert capsys.readouterr().out == f"data_dir: left out of {train}: 1 .avif, 2 .bmp, 1 others\n"
+    assert len(data.ImageFolder(train, by_class=False)) == 6
+    (train / "cat").rename(train / unicodedata.normalize("NFC", "café"))
+    (folder / "val" / "cat").rename(folder / "val" / unicodedata.normalize("NFD", "café"))
+    (folder / "val" / "eel").symlink_to(elsewhere)
+    assert data.open_splits(folder, 32, 0)[1].classes == [unicodedata.normalize("NFC", "café"), "dog", "eel"]
 
 
 def test_validation_images_may_stand_in_val_or_test(folder):
