@@ -1,8 +1,8 @@
 """A script's constants, overridden by config files and the command line, as in nanoGPT; and how it ends.
 
     configure                configure(globals()) at the start of a script's main()
-    check, fail              end the program with one line
-    show_exception, leave    of several processes the first that fails shows why; loading workers end with theirs
+    check, fail              end the program with one line; of several processes, the first that fails shows it
+    ignore_signals, leave    loading workers end with their training process
 """
 import ast
 import atexit
@@ -35,22 +35,17 @@ def fail(message, everywhere=True):
 
 
 def fails_first(line):
-    """Whether no other process of this machine has failed before, under torchrun. If so, `line` is what torchrun's
-    report of the failure ends with; the others leave without a word."""
-    record = Path(os.environ["TORCHELASTIC_ERROR_FILE"])  # each process has a folder of its own, side by side
+    """Whether, under torchrun, no other process of this machine has failed before. If so, torchrun's report will end
+    with `line`. The others, which for example lose their connection to this one, leave without a word."""
+    record = os.environ.get("TORCHELASTIC_ERROR_FILE")  # each process has a folder of its own, side by side
     try:
-        Path(record.parents[1], "failed").touch(exist_ok=False)
+        if record:
+            Path(record).parents[1].joinpath("failed").touch(exist_ok=False)
+            more = {"py_callstack": line, "timestamp": int(time.time())}
+            Path(record).write_text(json.dumps({"message": {"message": line, "extraInfo": more}}))
+        return True
     except FileExistsError:
         return False
-    details = {"py_callstack": line, "timestamp": str(int(time.time()))}
-    record.write_text(json.dumps({"message": {"message": line, "extraInfo": details}}))
-    return True
-
-
-def show_exception(kind, error, trace):
-    """sys.excepthook of several processes: when one fails, all others lose their connection to it, and say nothing."""
-    if "TORCHELASTIC_ERROR_FILE" not in os.environ or fails_first(f"{kind.__name__}: {error}"):
-        sys.__excepthook__(kind, error, trace)
 
 
 def check(condition, message):
@@ -59,11 +54,16 @@ def check(condition, message):
         fail(message)
 
 
+def ignore_signals(_):
+    """For loading workers: their training process needs them until the end of its step, where it saves; see leave()."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @atexit.register
 def leave():
-    """The end of every process, after its last line: its loading workers, which ignore SIGNALS, end at once. If the
-    others are still connected, it failed; then gloo's threads must not end it instead, with a line of their own. Under
-    torchrun only the process that said why has failed (fails_first)."""
+    """After the last line of every process: its loading workers end at once. If it is still connected to others, it has
+    failed, and gloo's threads must not end it with a line of their own; torchrun hears only of the first failure."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises an error about every worker
     for worker in multiprocessing.active_children():
         worker.kill()
@@ -90,8 +90,8 @@ def configure(script, arguments=None):
     def override(name, value, where):
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
-            fail(f"{where}: there is no constant {name}" + (f"; did you mean {near[0]}?" if near else " (see --help)")
-                 + (f"; the name of a helper begins with _, as _{name}" if where != "command line" else ""))
+            fail(f"{where}: there is no constant {name}; " + (f"did you mean {near[0]}?" if near else
+                 f"see --help, or if it helps to compute one in a config file, begin it with _: _{name}"))
         script[name] = convert(name, value, script[name], where)
 
     for path in (a for a in arguments if not a.startswith("-")):

@@ -20,14 +20,16 @@ import ssl
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from configurator import SIGNALS, check, configure, fail, show_exception  # noqa: F401
+from configurator import SIGNALS, check, configure, fail, fails_first, ignore_signals  # noqa: F401
 
 HERE = Path(__file__).parent
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # torch.load unpickles nothing, whichever library calls it
 if not hasattr(ssl, "IBOTLoss"):  # a debugger, Jupyter or a plugin had imported Python's own: ours becomes a part of it
     importlib.util.spec_from_file_location("ssl", HERE / "ssl.py").loader.exec_module(ssl)
 HIDDEN = ".", "@eaDir", "__MACOSX"  # how names begin that a Mac or a file server adds
@@ -55,7 +57,8 @@ class Distributed:
         if self.count > 1:  # gloo for what the CPUs exchange (stop flags, file names), NCCL between GPUs
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             torch.distributed.init_process_group(backend)
-            sys.excepthook = show_exception
+            sys.excepthook = lambda kind, error, trace: (
+                fails_first(f"{kind.__name__}: {error}") and sys.__excepthook__(kind, error, trace))
         check(seed < 2**63, f"seed={seed} must be below 2^63")
         torch.manual_seed(seed)
         torch.set_float32_matmul_precision("high")  # TF32 for matrix products that stay in float32
@@ -65,7 +68,9 @@ class Distributed:
         self.stop, self.locks = False, {}
         for number in SIGNALS if saves else ():
             signal.signal(number, self.on_signal)
-        self.print(f"{self.count} process{'es' if self.count > 1 else ''} on {self.device_name()}, "
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else \
+            f"{self.device.type.upper()}, {torch.get_num_threads()} threads"
+        self.print(f"{self.count} process{'es' if self.count > 1 else ''} on {name}, "
                    f"{'bfloat16 autocast' if self.dtype == torch.bfloat16 else 'float32'}")
 
     def on_signal(self, *_):
@@ -82,10 +87,6 @@ class Distributed:
             return torch.zeros(0, device=name).device
         except Exception as error:
             fail(f"device={name!r} can't be used here: {str(error).splitlines()[0]}", everywhere=False)
-
-    def device_name(self):
-        return torch.cuda.get_device_name() if self.device.type == "cuda" else \
-            f"{self.device.type.upper()}, {torch.get_num_threads()} threads"
 
     def bf16_pays(self):
         """Whether bfloat16 is faster: on CUDA if the GPU supports it, on a CPU by a 20 ms test, and then only if it is
@@ -149,7 +150,7 @@ class Distributed:
         return [item for each in lists for item in each]
 
     def stop_requested(self):
-        """Whether any process got one of SIGNALS. All must call it. The sum is the CPUs', so it does not wait for a GPU."""
+        """Whether any process is to stop. All must call it. The sum is the CPUs', so it does not wait for a GPU."""
         return bool(self.sum(torch.tensor(float(self.stop))))
 
     def print(self, *words):
@@ -162,19 +163,16 @@ class Distributed:
             torch.distributed.barrier()
 
     def lock(self, path, what):
-        """Until close(), `what` belongs to this run: another one, on whatever machine, ends with one line. `path`: the
-        file to lock. The kernel frees it however a process ends, and does not give it to the loading workers."""
-        if not self.first or path in self.locks:
-            return
-        try:
+        """Until close(), `what` belongs to this run, and another one ends with one line. `path`: the file to lock. The
+        kernel frees it however this process ends, and its loading workers never have it."""
+        if self.first and path not in self.locks:
             file = self.locks[path] = open(path, "a+")
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            fail(f"{what} is in use by {file.read()}: wait until it ends, or give another")
-        except OSError as error:  # some network file systems have no locks
-            print(f"{what} can't be locked ({error.strerror}): see that no other run writes there")
-        else:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(f"{what} is in use by {Path(path).read_text()}: wait until it ends, or give another")
+            except OSError as error:  # some network file systems have no locks
+                print(f"{what} can't be locked ({error.strerror}): see that no other run writes there")
             file.truncate(0)
             print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
 
@@ -230,11 +228,10 @@ def make_folder(out_dir, dist=None):
     """Makes the folder unless it is there. It belongs to this run, if there is one."""
     try:
         os.makedirs(out_dir, exist_ok=True)
+        if dist:
+            dist.lock(os.path.join(out_dir, ".lock"), f"out_dir={out_dir}")
     except OSError as error:
-        fail(f"out_dir={out_dir} can't be made: {error.strerror}", everywhere=False)
-    check(os.access(out_dir, os.W_OK), f"out_dir={out_dir} can't be written to")
-    if dist:
-        dist.lock(os.path.join(out_dir, ".lock"), f"out_dir={out_dir}")
+        fail(f"out_dir={out_dir} can't be written to: {error.strerror}", everywhere=False)
 
 
 def files_below(root, parents=()):
@@ -257,6 +254,8 @@ def load_checkpoint(path, name, kind=None):
     it must be one; a tokenizer must be finished, too."""
     check(Path(path).is_file(), f"{name}={path}: there is no such checkpoint")
     try:
+        if damaged := zipfile.ZipFile(path).testzip():
+            raise OSError(f"the checksum of {damaged} is another one")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         fail(f"{name}={path} is not a checkpoint of this project, or it is damaged: "
@@ -291,10 +290,9 @@ def header(kind, constants, dist):
 
 def git_revision():
     """This code's commit, with a + if files were changed since; "" outside git."""
-    def git(*words):
-        return subprocess.run(["git", "-C", HERE, *words], capture_output=True, text=True).stdout.strip()
+    words = "describe --always --exclude=* --abbrev=40 --dirty=+".split()
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return subprocess.run(["git", "-C", HERE, *words], capture_output=True, text=True).stdout.strip()
     except OSError:  # git is not installed
         return ""
 
@@ -306,12 +304,19 @@ def bar(items, dist, **words):
 
 class Log:
     """log.jsonl, one line per logged step, written by the first process. Lines after `step` are removed: a run that was
-    killed after its last checkpoint repeats those steps."""
+    killed after its last checkpoint repeats those steps. So are lines that can't be read."""
 
     def __init__(self, path, step):
-        lines = Path(path).read_text().splitlines() if Path(path).exists() else []
-        lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        Path(path).write_text("".join(f"{line}\n" for line in lines))
+        lines, unread = [], 0
+        for line in Path(path).read_bytes().splitlines() if Path(path).exists() else []:
+            try:
+                lines += [line + b"\n"] if json.loads(line)["step"] <= step else []
+            except (ValueError, KeyError, TypeError):
+                unread += 1
+        if unread:
+            print(f"{path}: lines that can't be read and are left out: {unread}")
+        Path(f"{path}.tmp").write_bytes(b"".join(lines))
+        os.replace(f"{path}.tmp", path)  # on a full disk the old lines stay
         self.file = open(path, "a", buffering=1)
 
     def write(self, **values):
