@@ -98,7 +98,7 @@ class Pairs:
         elif self.store.state[i] == 1:
             pair = self.store.items[i]
         else:
-            raise OSError("this image could not be decoded when the cache was filled")
+            raise OSError("this image could not be used when the cache was filled")
         return {"pair": pair, "label": self.images.labels[i], "index": i}
 
     def name(self, i):
@@ -125,7 +125,7 @@ def fill_cache(path, tcae, latents_of, images, image_size, shape, dist):
                            "--rebuild_cache=True replaces it, another --cache keeps both")
     store = data.Store(path, about, len(images), (2, *shape), np.float16, dist)
     todo = store.to_do(dist)
-    if len(todo):
+    if (store.state == 0).any():
         dist.lock(f"{path}.lock", f"cache: {path}")
     batch = max(1, min(128, 128**3 // image_size**2))
     for pixels, indices in data.eval_loader(images, image_size, batch, dist, workers, indices=todo,
@@ -134,7 +134,7 @@ def fill_cache(path, tcae, latents_of, images, image_size, shape, dist):
         z = encode(tcae, both, dist).cpu().unflatten(0, (-1, 2))  # (b, 2, c, h, w)
         store.put(indices.numpy(), z.numpy())
     mine = todo[dist.rank::dist.count]
-    store.state[mine[store.state[mine] == 0]] = 2  # what is still to do could not be decoded
+    store.state[mine[store.state[mine] != 1]] = 2  # these could not be used; the next run tries them again
     store.flush()
     return store
 

@@ -270,7 +270,7 @@ def test_every_fault_of_the_folder_is_one_line_that_names_data_dir(folder):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Files that can't be decoded
+# Files that can't be used
 
 
 def test_undecodable_files_are_replaced_by_others_and_named(folder):
@@ -284,29 +284,56 @@ def test_undecodable_files_are_replaced_by_others_and_named(folder):
         replacements = set()
         for epoch in range(8):
             pixels, bad = dataset[[(epoch, 0)]]
-            assert pixels.numpy().tobytes() in others and set(bad) == {str(broken)}
+            assert pixels.numpy().tobytes() in others and {name for name, _ in bad} == {str(broken)}
             assert torch.equal(dataset[[(epoch, 0)]][0], pixels)
             replacements.add(pixels.numpy().tobytes())
         assert len(replacements) > 1
         pixels, bad = dataset[[(0, 1)]]
         assert pixels.numpy().tobytes() == others[0] and bad == []
     pixels, indices, bad = data.CenterCrops(source, 16)[[0, 1, 2, 3]]  # evaluation leaves it out: none counts twice
-    assert pixels.shape == (3, 16, 16, 3) and indices.tolist() == [1, 2, 3] and bad == [str(broken)]
+    assert pixels.shape == (3, 16, 16, 3) and indices.tolist() == [1, 2, 3] and bad[0][0] == str(broken)
 
 
 def test_bad_files_are_named_once_and_stop_the_run_above_one_percent():
     """1 % exactly goes on; one more ends it with the list."""
-    here, reported = process(), set()
+    here, reported = process(), {}
 
-    def report(bad):
+    def report(*bad):
         data.report_bad_files(data.Shapes("train", 200, 32), 200, bad, reported, here)
 
-    report(["b.png", "a.png", "b.png"])
-    report(["a.png"])
-    report([])
-    assert len(here.lines) == 2 and "a.png" in here.lines[0] and "b.png" in here.lines[1]
-    message = failure(report, ["a.png", "c.png"])
-    assert all(word in message for word in ("data_dir", "3 of 200", "a.png", "b.png", "c.png"))
+    report(("b.png", "empty"), ("a.png", "cut off"), ("b.png", "empty"))
+    report(("a.png", "another reason"))
+    report()
+    assert len(here.lines) == 2 and "a.png can't be used and is left out (cut off)" in here.lines[0]
+    assert "b.png" in here.lines[1]
+    message = failure(report, ("a.png", "cut off"), ("c.png", "no access"))
+    assert all(word in message for word in ("data_dir", "3 of 200", "a.png (cut off), b.png (empty), c.png (no access)"))
+    message = failure(report, *((f"{k:03}.png", "empty") for k in range(90)))
+    assert "93 of 200" in message and message.count(".png") == 10 and message.endswith(" and 83 more")
+
+
+def test_a_view_that_fails_makes_a_bad_file(folder):
+    """Whatever its picture is like: the run knows the file and the reason, and goes on with another one."""
+    def view(image, rng):
+        if image.size == (20, 24):
+            raise MemoryError("a picture of this shape")
+        return np.array(image)
+
+    photo(24, 24).save(folder / "train" / "cat" / "2.png")
+    source = data.open_split(folder, "train", 32, 0)
+    pixels, bad = data.TrainBatches(source, view, 0)[[(0, 0), (0, 2)]]
+    assert pixels.shape == (2, 24, 24, 3) and (source.name(0), "MemoryError: a picture of this shape") in bad
+    loader = data.TrainLoader(source, lambda image, rng: view, 2, 0, 2, 0, process(), collate=None)
+    loader.batches = iter([(None, bad)])
+    assert f"{bad[0][0]} MemoryError: a picture of this shape" in failure(next, loader)
+
+
+def test_a_strip_is_cropped_before_it_is_enlarged():
+    """One pixel wide and 65,000 long: at the width of 256 it would have four billion pixels."""
+    strip = Image.new("RGB", (1, 65000), "red")
+    strip.paste("blue", (0, 32400, 1, 32600))
+    for image in strip, strip.transpose(Image.Transpose.ROTATE_90):
+        assert (data.center_crop(image, 256) == (0, 0, 255)).all()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -318,8 +345,8 @@ def test_both_loaders_report_what_they_could_not_decode(folder, workers):
     source = data.open_split(folder, "train", 32, 0)
     loader = data.TrainLoader(source, to_pixels, 2, 0, 2, 0, process(), workers=workers)
     assert len(list(loader)) == 2 and 0 < loader.waited() < 60 and loader.waited() == 0
-    assert f"1 of 4 images can't be decoded, over 1%: {broken}" in failure(loader.report_bad_files)
-    assert f"1 of 4 images can't be decoded, over 1%: {broken}" in \
+    assert f"1 of 4 images can't be used, over 1%: {broken}" in failure(loader.report_bad_files)
+    assert f"1 of 4 images can't be used, over 1%: {broken}" in \
         failure(list, data.eval_loader(source, 16, 2, process(), workers))
     for path in source.paths:
         open(path, "w").close()
