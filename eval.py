@@ -229,10 +229,9 @@ class FeatureNet:
     """A network from a file of torch.export, in Inception's place, for images of `side` pixels."""
 
     def __init__(self, path, side, device):
-        check(Path(path).is_file(), f"feature_net={path}: there is no such file")
         logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it would log a traceback
         try:
-            exported = torch.export.load(path)
+            exported = pretrained.load_exported(path, "feature_net")
             if device.type != "cpu":
                 from torch.export.passes import move_to_device_pass
                 exported = move_to_device_pass(exported, str(device))

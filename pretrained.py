@@ -2,7 +2,7 @@
 
     download_weights             a file in torch.hub's cache
     load_lpips, training_lpips   the perceptual distance
-    FeatureDistance              the same over a network of your own
+    FeatureDistance              the same over a network of your own, from load_exported
     DINO                         whose features the discriminator looks at
     Inception                    what FID and IS are defined with
 """
@@ -77,6 +77,14 @@ def training_lpips(dist, net="vgg"):
     return perceptual
 
 
+def load_exported(path, constant):
+    """A file of torch.export.save, named by `constant`. Pickles and compiled code, which it may hold, are not loaded."""
+    check(os.path.isfile(path), f"{constant}={path}: there is no such file")
+    harmful = any(kind in Path(path).read_bytes() for kind in (b"data/aotinductor/", b"opaque_obj_"))
+    check(not harmful, f"{constant}={path} holds compiled code or Python objects, which may be harmful")
+    return torch.export.load(path)  # torch.load in there is safe, by runtime.py
+
+
 class FeatureDistance:
     """LPIPS's form over any network: (B, 3, H, W) twice, in [-1, 1] -> (B,). At every place of every feature map the
     squared distance between the two unit vectors of channels; means over places, then over maps. LPIPS weights the
@@ -86,8 +94,7 @@ class FeatureDistance:
     """
 
     def __init__(self, path, dist):
-        check(os.path.isfile(path), f"lpips_net={path}: there is no such file")
-        self.maps, self.dist = torch.export.load(path).module().to(dist.device), dist
+        self.maps, self.dist = load_exported(path, "lpips_net").module().to(dist.device), dist
 
     def __call__(self, a, b):
         with self.dist.autocast():

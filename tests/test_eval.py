@@ -1,10 +1,13 @@
 """What eval.py measures, against the packages that others measure with; and that it measures all of what it is given,
 however it is divided, or says what is missing."""
+import io
 import json
+import os
 import pickle
 import signal
 import sys
 import threading
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
@@ -506,7 +509,7 @@ def test_without_weights_the_rest_of_the_table_is_measured(given, evaluate, offl
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Files that can't be decoded
+# Files that can't be used
 
 
 @pytest.fixture
@@ -531,7 +534,7 @@ def test_one_broken_file_is_left_out_and_named(many, evaluate, refused, net, cap
     assert table["gFD (net.pt2)"] == net_distance(a, b)
     assert table["measured"] == f"{paths['samples']}: {len(a)} samples, 32 px, against {len(b)} images of " \
                                 f"{paths['reference']}"
-    assert f"\n{where}: {broken[0]} can't be decoded" in capsys.readouterr().out
+    assert f"\n{where}: {broken[0]} can't be used" in capsys.readouterr().out
     broken.append(cut(paths[where] / "100.png"))
     for paired in False, True:
         message = refused(**paths, feature_net=net, paired=paired)
@@ -635,6 +638,49 @@ def test_a_wrong_file(refused, unread, net, tmp_path, capsys, name, write, words
     message = refused(**{"samples": whole, "reference": whole, "feature_net": net, name: path, **more})
     assert all(word in message for word in [name, str(path), *words]), message
     assert "weights" not in capsys.readouterr().out
+
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("place", ["weights", "sample_inputs", "constants", "aotinductor"])
+def test_a_network_s_file_runs_no_code(refused, net, tmp_path, place):
+    """Wherever torch.export.load would unpickle, or load a compiled library: the file is refused, and nothing ran."""
+    path, ran, saved = tmp_path / "it.pt2", tmp_path / "ran", io.BytesIO()
+    torch.save(Payload(ran), saved)
+    with zipfile.ZipFile(net) as archive, zipfile.ZipFile(path, "w") as changed:
+        for name in archive.namelist():
+            content = archive.read(name)
+            if place == "weights" and name.endswith("weights_config.json"):
+                about = json.loads(content)
+                for each in about["config"].values():
+                    each["use_pickle"] = True
+                content = json.dumps(about)
+            if place == "constants" and name.endswith("constants_config.json"):
+                content = json.dumps({"config": {"x": dict(path_name="opaque_obj_0", is_param=False, use_pickle=True,
+                                                           tensor_meta=None)}})
+            if f"data/{place}/" in name and not name.endswith(".json"):
+                content = saved.getvalue()
+            changed.writestr(name, content)
+        root = name.split("/")[0]
+        if place == "constants":
+            changed.writestr(f"{root}/data/constants/opaque_obj_0", pickle.dumps(Payload(ran)))
+        if place == "aotinductor":
+            changed.writestr(f"{root}/data/aotinductor/model/model.so", b"")
+    samples = npz_of(pictures(12), tmp_path / "samples.npz")
+    message = refused(samples=samples, reference=samples, feature_net=path)
+    assert f"feature_net={path}" in message and not ran.exists()
+    assert ("harmful" if place in ("constants", "aotinductor") else "eights") in message
+    with pytest.raises((SystemExit, pickle.UnpicklingError)):
+        pretrained.FeatureDistance(str(path), process())
+    assert not ran.exists()
 
 
 def test_an_error_is_all_that_stands_on_stderr(tmp_path):
