@@ -260,7 +260,7 @@ def eval_loader(source, size, batch_size, dist, workers=0, images=0, title="", i
     image once; all must iterate. Files that can't be used are left out and named at the end; more than 1 % end the
     run. After a SIGTERM to any process, that one breaks off and all raise Stopped at their end.
 
-    images: how many, evenly spread; 0 = all. indices: which ones, instead. title: of a bar. keep_empty: empty ones, too.
+    images: how many, evenly spread; 0 = all. indices: which ones, instead. title: of a bar. keep_empty: also no images.
     """
     count, bad = min(images or len(source), len(source)), []
     mine = (spread(source, count) if indices is None else indices)[dist.rank::dist.count].tolist()

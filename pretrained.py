@@ -78,7 +78,7 @@ def training_lpips(dist, net="vgg"):
 
 
 def load_exported(path, constant):
-    """A file of torch.export.save, named by `constant`. Pickles and compiled code, which it may hold, are not loaded."""
+    """A file of torch.export.save. Pickles and compiled code, which it may hold, are not loaded."""
     check(os.path.isfile(path), f"{constant}={path}: there is no such file")
     harmful = any(kind in Path(path).read_bytes() for kind in (b"data/aotinductor/", b"opaque_obj_"))
     check(not harmful, f"{constant}={path} holds compiled code or Python objects, which may be harmful")

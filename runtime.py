@@ -73,9 +73,9 @@ class Distributed:
         self.print(f"{self.count} process{'es' if self.count > 1 else ''} on {name}, "
                    f"{'bfloat16 autocast' if self.dtype == torch.bfloat16 else 'float32'}")
 
-    def on_signal(self, *_):
+    def on_signal(self, number, _):
         self.stop = True
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # the second Ctrl-C ends the program
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else self.on_signal)  # a second Ctrl-C ends it
 
     def pick_device(self, name):
         if name == "auto":

@@ -70,7 +70,8 @@ def failure(call, *arguments):
 
 def test_files_override_the_script_and_the_command_line_overrides_files(configure, tmp_path):
     """In this order, wherever they stand on the line; the script's own globals change, since its code reads those."""
-    (tmp_path / "a.py").write_text('"""A comment."""\nimport time\nimport os.path as place\nsize = 1\nrate = 1\nname = "B"\n_private = 5\n')
+    (tmp_path / "a.py").write_text('"""A comment."""\nimport time\nimport os.path as place\nsize = 1\nrate = 1\n'
+                                   'name = "B"\n_private = 5\n')
     (tmp_path / "b.py").write_text("size = 2\non = True\n")
     defaults, _ = configure()
     assert defaults == {"size": 256, "rate": 1e-3, "name": "S", "pair": (0.9, 0.95), "on": False}
@@ -112,7 +113,8 @@ def test_a_wrong_argument_is_one_line_that_names_it(configure, argument, words):
 
 
 @pytest.mark.parametrize("line, word", [("rate = float('nan')", "rate"), ("sise = 3", "size"), ("size = 2.5", "size"),
-                                        ("size = -4", "size"), ("helper = 3", "_helper"), ("pair = [0.5, 1]", "pair"), ("name = 3", "name"),
+                                        ("size = -4", "size"), ("helper = 3", "_helper"), ("pair = [0.5, 1]", "pair"),
+                                        ("name = 3", "name"),
                                         ("name = True", "name"), ("size = = 3", "SyntaxError"),
                                         ("size = sise", "sise")])
 def test_a_wrong_line_in_a_config_file_is_named_with_the_file(configure, tmp_path, line, word):

@@ -216,7 +216,8 @@ def test_the_cache_stands_in_out_dir_unless_it_is_told_otherwise(base, train, tm
     """With the same content."""
     train(cache="", epochs=1, decay_epoch=1)
     assert (tmp_path / "latents.cache").read_bytes() == (base / "latents.cache").read_bytes()
-    assert {path.name for path in tmp_path.glob("[!.]*")} == {"latents.cache", "checkpoint.pt", "log.jsonl", "samples.png"}
+    made = {path.name for path in tmp_path.glob("[!.]*")}
+    assert made == {"latents.cache", "checkpoint.pt", "log.jsonl", "samples.png"}
 
 
 def test_training_gets_the_right_label_with_every_latent(base, train, steps_seen, monkeypatch):
