@@ -14,7 +14,6 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import signal
 import ssl
 import subprocess
@@ -174,7 +173,7 @@ class Distributed:
             except OSError as error:  # some network file systems have no locks
                 print(f"{what} can't be locked ({error.strerror}): see that no other run writes there")
             file.truncate(0)
-            print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
+            print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=file, flush=True)
 
     def close(self):
         """All processes exit together: one that exits while the first still draws or measures would seem to fail."""

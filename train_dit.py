@@ -115,8 +115,9 @@ def fill_cache(path, tcae, latents_of, images, image_size, shape, dist):
     """Opens or creates the cache at `path`; then each process encodes its share of the images that are missing."""
     check(os.path.isdir(os.path.dirname(path) or "."), f"cache={path}: there is no such folder")
     about = {"tokenizer": latents_of, "image_size": image_size, "images": len(images), "files": images.fingerprint()}
+    lock = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.lock"), f"cache: {path}"
     if rebuild_cache or not os.path.exists(path):
-        dist.lock(f"{path}.lock", f"cache: {path}")
+        dist.lock(*lock)
     if rebuild_cache and dist.first and os.path.exists(path):
         os.remove(path)
     dist.wait()  # until the old file is gone
@@ -126,7 +127,7 @@ def fill_cache(path, tcae, latents_of, images, image_size, shape, dist):
     store = data.Store(path, about, len(images), (2, *shape), np.float16, dist)
     todo = store.to_do(dist)
     if (store.state == 0).any():
-        dist.lock(f"{path}.lock", f"cache: {path}")
+        dist.lock(*lock)
     batch = max(1, min(128, 128**3 // image_size**2))
     for pixels, indices in data.eval_loader(images, image_size, batch, dist, workers, indices=todo,
                                             title="encoding the data set once"):

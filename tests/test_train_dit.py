@@ -346,6 +346,30 @@ def test_an_image_that_can_not_be_decoded_is_named_and_left_out(base, folder, tr
             assert torch.equal(step["labels"], first["labels"]) and torch.equal(step["noise"], first["noise"])
             torch.testing.assert_close(step["z"], first["z"], rtol=2e-3, atol=2e-3)
     assert checkpoint(tmp_path / "run")["classes"] == ["class 0", "class 1"]
+    shutil.copy(broken.with_name("08.png"), broken)  # it may have been out of reach for a minute only
+    train(**same, out_dir=tmp_path / "other")
+    assert (open_cache(tmp_path / "folder.cache", 40)[0] == 1).all()
+
+
+def test_a_cache_is_filled_by_one_run_at_a_time(base, train, tmp_path):
+    """Others may read it together once it is whole."""
+    whole = Path(shutil.copy(base / "latents.cache", tmp_path / "whole.cache"))
+    locks = [str(tmp_path / f".{name}.cache.lock") for name in ("new", "whole")]
+    other = subprocess.Popen([sys.executable, "-c", f"""
+import runtime, time
+dist = runtime.Distributed("cpu", "float32")
+for lock in {locks}:
+    dist.lock(lock, "this")
+print("locked", flush=True)
+time.sleep(100)
+"""], cwd=ROOT, env=clean_environment(), stdout=subprocess.PIPE, text=True)
+    try:
+        assert [other.stdout.readline() for _ in range(2)][1] == "locked\n"
+        message = failure(train, cache=tmp_path / "new.cache", out_dir=tmp_path / "run")
+        assert f"cache: {tmp_path / 'new.cache'} is in use by process {other.pid} on " in message
+        train(cache=whole, epochs=1, decay_epoch=1, out_dir=tmp_path / "other")
+    finally:
+        other.kill()
 
 
 def test_a_folder_whose_classes_were_renamed_needs_another_cache(folder, train, tmp_path):
