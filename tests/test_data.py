@@ -144,6 +144,15 @@ def test_images_of_every_kind_become_rgb_of_the_right_colour(tmp_path):
         assert difference <= (4 if name.lower().endswith(("jpg", "jpeg")) else 1), name
 
 
+def test_exif_orientation_is_ignored(tmp_path):
+    """As by torchvision's ImageFolder and ADM's evaluation: statistics and published models are of such images."""
+    (tmp_path / "class").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90°
+    photo(24, 16).save(tmp_path / "class" / "turned.jpg", exif=exif)
+    assert data.ImageFolder(tmp_path).load(0).size == (24, 16)
+
+
 @pytest.fixture
 def large_jpeg(tmp_path):
     """A folder with one JPEG of 1600 × 1200."""
