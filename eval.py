@@ -527,8 +527,8 @@ def main():
         print(about)
         for name, value in results.items():
             print(f"  {name:<{max(map(len, results))}}" + ("         –" if value is None else f"{value:10.4f}"))
-        with open(path, "w") as file:
-            json.dump({"measured": about, **results, "constants": constants}, file, indent=1)
+        Path(f"{path}.tmp").write_text(json.dumps({"measured": about, **results, "constants": constants}, indent=1))
+        os.replace(f"{path}.tmp", path)  # whole or not at all
         print(f"wrote {path}")
     dist.close()
 

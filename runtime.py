@@ -353,7 +353,7 @@ class Progress:
             if not math.isfinite(value):
                 self.bar.close()  # so that the message has a line to itself
                 kept = f"The last good checkpoint is still in {self.checkpoint}. " if self.checkpoint.exists() else ""
-                fail(f"step {step}: {name} is {value}. {kept}Start again with a smaller learning_rate")
+                fail(f"step {step}: {name} is {value}. {kept}Look for damaged images, or lower learning_rate")
         seconds, by_name = time.perf_counter() - self.since, {}
         for (_, name), value in zip(places, values):
             by_name.setdefault(name, []).append(value)

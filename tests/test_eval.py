@@ -606,6 +606,19 @@ def test_results_that_can_not_be_written_are_known_at_once(given, refused, unrea
     assert f"out={tmp_path / out}" in refused(**given, out=tmp_path / out)
 
 
+@pytest.mark.parametrize("given", ["samples"], indirect=True)
+def test_results_are_whole_or_not_there(given, evaluate, monkeypatch, tmp_path):
+    """A table script takes a file that is there for a measurement: a full disk must not leave an empty one."""
+    def full_disk(path, text):
+        path.write_bytes(b"{")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        evaluate(**given)
+    assert not (tmp_path / "eval.json").exists()
+
+
 @pytest.mark.parametrize("name, write, words, more", [
     ("samples", lambda path: np.savez(path, images=np.zeros(3)), ["arr_0", "images.npy"], {}),
     ("samples", lambda path: np.savez(path, np.zeros((10, 32, 32, 3), np.float32)), ["float32", "uint8"], {}),

@@ -446,7 +446,7 @@ def test_a_loss_that_is_not_finite_is_named(tmp_path, value):
         if progress.step == 7:
             progress.report(lr=0.1)
     message = failure(progress.report, 0.1)
-    assert all(word in message for word in ("step 9", "mim", str(tmp_path / "checkpoint.pt"), "learning_rate"))
+    assert all(word in message for word in ("step 9", "mim", str(tmp_path / "checkpoint.pt"), "learning_rate", "damaged"))
     line, = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     assert (line["step"], line["l1"], line["mim"], line["lr"]) == (7, 1.0, 3.0, 0.1) and progress.bar.disable
     assert "l1" not in message
