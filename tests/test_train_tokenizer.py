@@ -1,6 +1,7 @@
 """Stage 1 end to end, with a network of a few thousand parameters: stopped, resumed, split, accumulated, refused."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -181,21 +182,25 @@ def test_latents_of_a_finished_run_are_normalised(straight):
 # Stopped and resumed
 
 
-def test_an_exception_ends_the_run_at_once(tmp_path):
-    """Its loading workers, which ignore SIGTERM, must neither keep it for half a minute nor have the last word."""
+@pytest.mark.parametrize("place, words", [
+    ("runtime.Progress.add", "ValueError: where it says"),
+    ("train_tokenizer.Views.__call__", "error: data_dir: 100 images in a row can't be used: .*ValueError: where it says")])
+def test_an_exception_ends_the_run_at_once(tmp_path, place, words):
+    """In the training process or in a loading worker. The workers, which ignore SIGTERM, must neither keep it for half
+    a minute nor have the last word."""
     result = run_script("-c", f"""
 import os, sys, time, runtime, train_tokenizer
 
-def fail(progress, terms):
-    print(time.time())
-    raise ValueError("in the training process")
+def fail(*_):
+    print(time.time(), flush=True)
+    raise ValueError("where it says")
 
-runtime.Progress.add = fail
+{place} = fail
 sys.argv = ["train_tokenizer.py", *{arguments(workers=2, out_dir=tmp_path)!r}]
 train_tokenizer.main()
 """, ok=False)
-    assert time.time() - float(result.stdout.splitlines()[-1]) < 5
-    assert result.stderr.endswith("ValueError: in the training process\n") and result.returncode == 1
+    assert time.time() - float(result.stdout.split()[-1]) < 5
+    assert re.fullmatch(words, result.stderr.splitlines()[-1]) and result.returncode == 1
 
 
 def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights(straight, tmp_path, here):
