@@ -2,11 +2,12 @@
 
     download_weights             a file in torch.hub's cache
     load_lpips, training_lpips   the perceptual distance
-    FeatureDistance              the same over a network of your own, from load_exported
+    FeatureNet, FeatureDistance  in the place of FID's Inception and of LPIPS, from files of torch.export
     DINO                         whose features the discriminator looks at
     Inception                    what FID and IS are defined with
 """
 import hashlib
+import logging
 import os
 from pathlib import Path
 
@@ -83,6 +84,29 @@ def load_exported(path, constant):
     harmful = any(kind in Path(path).read_bytes() for kind in (b"data/aotinductor/", b"opaque_obj_"))
     check(not harmful, f"{constant}={path} holds compiled code or Python objects, which may be harmful")
     return torch.export.load(path)  # torch.load in there is safe, by runtime.py
+
+
+class FeatureNet:
+    """A network from a file of torch.export, in Inception's place, for images of `side` pixels."""
+
+    def __init__(self, path, side, device, batch):
+        logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it would log a traceback
+        try:
+            exported = load_exported(path, "feature_net")
+            if device.type != "cpu":
+                from torch.export.passes import move_to_device_pass
+                exported = move_to_device_pass(exported, str(device))
+            self.net = exported.module()
+            for batch in 1, batch:
+                features, logits = self.net(torch.zeros(batch, side, side, 3, dtype=torch.uint8, device=device))
+                (_, self.features), (_, self.classes) = features.shape, logits.shape
+        except Exception as error:
+            fail(f"feature_net={path} must be a file of torch.export.save that takes uint8 (B, {side}, {side}, "
+                         "3) for any B and returns features (B, D) and logits (B, K): "
+                         + (str(error).strip() or type(error).__name__).splitlines()[0])
+
+    def __call__(self, pixels):
+        return self.net(pixels)
 
 
 class FeatureDistance:

@@ -449,7 +449,7 @@ def test_no_table_depends_on_processes_or_batches(given, evaluate, monkeypatch):
     have none to look at."""
     one = evaluate(**given, workers=1)
     assert numbers(evaluate(**given, batch_size=4)) == pytest.approx(numbers(one), rel=1e-5)
-    monkeypatch.setattr(stage4, "FeatureNet", lambda *_: Net())  # torch.export.load is not for threads
+    monkeypatch.setattr(pretrained, "FeatureNet", lambda *_: Net())  # torch.export.load is not for threads
     work = stage4.evaluate_tokenizer if "tokenizer" in given else \
         stage4.evaluate_pairs if given["paired"] else stage4.evaluate_samples
     for count in 2, 13:
@@ -553,9 +553,31 @@ def test_a_pair_of_which_one_is_broken_is_left_out(many, evaluate, net, capsys, 
     a, b = (pixels[kept] for pixels in images.values())
     assert table["PSNR"] == pytest.approx(data.psnr(a, b).mean().item()) and all(str(path) in shown for path in bad)
     assert table["rFD (net.pt2)"] == net_distance(a, b) and f"{len(kept)} pairs" in table["measured"]
-    monkeypatch.setattr(stage4, "FeatureNet", lambda *_: Net())  # torch.export.load is not for threads
+    monkeypatch.setattr(pretrained, "FeatureNet", lambda *_: Net())  # torch.export.load is not for threads
     for about, results in together(2, stage4.evaluate_pairs):
         assert about == table["measured"] and numbers(results) == pytest.approx(numbers(table), rel=1e-5)
+
+
+@pytest.mark.parametrize("original, reconstruction", [
+    (lambda k: f"val_{k:08}.png", lambda k: f"{k}.png"), (lambda k: f"n{k % 3}/x{k}y.png", lambda k: f"x{k}y.webp"),
+    (lambda k: f"{k % 3}/{k // 3}.png", lambda k: f"{k % 3}/{k // 3}.webp"), (lambda k: f"{k:02}.png", None),
+    (lambda k: f"{k % 3}/{k // 3}.png", lambda k: f"{k // 3}/{k % 3}.png"),
+    (lambda k: f"{k}.png", lambda k: f"{k + 1}.png"),
+])
+def test_pairs_are_matched_by_name(evaluate, refused, tmp_path, original, reconstruction):
+    """With or without zeros in front, in classes or not; where names don't tell, by no means by their order."""
+    images, changed = pictures(12), noisy(pictures(12))
+    for folder, pixels, name in ("a", images, original), ("b", changed, reconstruction):
+        for k, image in enumerate(pixels if name else []):
+            (tmp_path / folder / name(k)).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.numpy()).save(tmp_path / folder / name(k), lossless=True)
+    samples = tmp_path / "b" if reconstruction else npz_of(changed, tmp_path / "b.npz")
+    given = dict(samples=samples, reference=tmp_path / "a", paired=True, feature_net="none", lpips_net="none")
+    if reconstruction and reconstruction(11) in ("3/2.png", "12.png"):
+        message = refused(**given)
+        assert "paired=True" in message and str(samples) in message and "names" in message
+    else:
+        assert evaluate(**given)["PSNR"] == pytest.approx(data.psnr(images, changed).mean().item())
 
 
 def test_broken_validation_images(tokenizer, evaluate, refused, tmp_path, capsys):
