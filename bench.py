@@ -12,7 +12,6 @@ A script's log.jsonl times its steps, without waiting for data. No downloads: no
 """
 import json
 import runpy
-import signal
 import subprocess
 import sys
 import tempfile
@@ -182,8 +181,7 @@ def main():
     runtime.configure(globals())
     tables = {"steps": steps_table, "tokens": tokens_table, "rival": rival_table, "data": data_table, "run": run_table}
     runtime.check({*only.split(",")} <= {*tables}, f"only={only!r}: the tables are {', '.join(tables)}")
-    dist, plain = (runtime.Distributed(device, each) for each in (dtype, "float32"))
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to save
+    dist, plain = (runtime.Distributed(device, each, saves=False) for each in (dtype, "float32"))
     sizes = {"auto": "paper" if dist.device.type == "cuda" else "shapes"}.get(sizes, sizes)
     for name in only.split(","):
         for k, cells in enumerate(tables[name](dist, plain)):

@@ -1,31 +1,75 @@
-"""A script's constants, overridden by config files and the command line, as in nanoGPT; and errors of one line.
+"""A script's constants, overridden by config files and the command line, as in nanoGPT; and how it ends.
 
-    configure      configure(globals()) at the start of a script's main()
-    check, fail    end the program with one line
+    configure                configure(globals()) at the start of a script's main()
+    check, fail              end the program with one line; of several processes, the first that fails shows it
+    ignore_signals, leave    loading workers end with their training process
 """
 import ast
+import atexit
 import difflib
+import json
 import math
+import multiprocessing
 import os
 import re
 import runpy
+import signal
 import sys
+import time
 from pathlib import Path
+from types import ModuleType
+
+import torch
+
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1  # a scheduler's, the first Ctrl-C, Slurm's warning
 
 
 def fail(message, everywhere=True):
     """Ends the program with one line on standard error and exit status 1. Of several processes only the first prints
     it, unless the problem may be this one's alone (everywhere=False)."""
     rank = int(os.environ.get("RANK", 0))
-    if rank > 0 and everywhere:
-        raise SystemExit(1)
-    raise SystemExit(f"error{f' in process {rank}' if rank else ''}: {message}")
+    line = f"error{f' in process {rank}' if rank and not everywhere else ''}: {message}"
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # one status of 1 is enough: torchrun's report has a part for each
+        raise SystemExit(line if fails_first(line) else 0)
+    raise SystemExit(1 if rank > 0 and everywhere else line)
+
+
+def fails_first(line):
+    """Whether, under torchrun, no other process of this machine has failed before. If so, torchrun's report will end
+    with `line`. The others, which for example lose their connection to this one, leave without a word."""
+    record = os.environ.get("TORCHELASTIC_ERROR_FILE")  # each process has a folder of its own, side by side
+    try:
+        if record:
+            Path(record).parents[1].joinpath("failed").touch(exist_ok=False)
+            more = {"py_callstack": line, "timestamp": int(time.time())}
+            Path(record).write_text(json.dumps({"message": {"message": line, "extraInfo": more}}))
+        return True
+    except FileExistsError:
+        return False
 
 
 def check(condition, message):
     """`fail(message)` unless `condition`. The message names the constant that is to blame."""
     if not condition:
         fail(message)
+
+
+def ignore_signals(_):
+    """For loading workers: their training process needs them until the end of its step, where it saves; see leave()."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def leave():
+    """After the last line of every process: its loading workers end at once. If it is still connected to others, it has
+    failed, and gloo's threads must not end it with a line of their own; torchrun hears only of the first failure."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises an error about every worker
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    if torch.distributed.is_initialized():
+        sys.stdout.flush()
+        os._exit(int(os.path.exists(os.environ.get("TORCHELASTIC_ERROR_FILE", "/"))))
 
 
 def configure(script, arguments=None):
@@ -46,7 +90,8 @@ def configure(script, arguments=None):
     def override(name, value, where):
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
-            fail(f"{where}: there is no constant {name}" + (f"; did you mean {near[0]}?" if near else " (see --help)"))
+            fail(f"{where}: there is no constant {name}; " + (f"did you mean {near[0]}?" if near else
+                 f"see --help, or if it helps to compute one in a config file, begin it with _: _{name}"))
         script[name] = convert(name, value, script[name], where)
 
     for path in (a for a in arguments if not a.startswith("-")):
@@ -57,7 +102,7 @@ def configure(script, arguments=None):
         except Exception as error:
             fail(f"{path} is not a config file, or has an error: {type(error).__name__}: {error}")
         for name, value in overrides.items():
-            if not name.startswith("_"):
+            if not name.startswith("_") and not isinstance(value, ModuleType):
                 override(name, value, path)
     for argument in (a for a in arguments if a.startswith("-")):
         match = re.fullmatch(r"--([\w-]+)=(.*)", argument, re.DOTALL)
@@ -71,7 +116,7 @@ def convert(name, value, default, where):
     """Converts `value`, from a config file or as text from the command line, to the type of `default`."""
     wanted = type(default)
     if isinstance(value, str):
-        text = value.strip().strip("\"'")
+        text = os.path.expanduser(value.strip().strip("\"'"))
         try:
             value = text if wanted is str else ast.literal_eval(text.capitalize() if wanted is bool else text)
         except (ValueError, SyntaxError):

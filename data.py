@@ -12,8 +12,8 @@ import hashlib
 import json
 import math
 import os
-import signal
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.utils.data import default_collate
 
-from runtime import Stopped, bar, check, fail
+from runtime import HIDDEN, Stopped, bar, check, fail, files_below, ignore_signals
 from shapes import Shapes
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp"}
-BAD_SHARE = 0.01  # a run ends if more than this share of its images can't be decoded
+BAD_SHARE = 0.01  # a run ends if more than this share of its images can't be used
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sources
@@ -38,14 +38,19 @@ class ImageFolder:
 
     def __init__(self, root, constant="data_dir", by_class=True):
         self.root, self.constant, self.paths, self.labels = root, constant, [], []
-        self.classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if by_class else [""]
-        check(self.classes, f"{constant}: {root} has no subfolders; it must hold one folder of images per class")
+        folders = {unicodedata.normalize("NFC", entry.name): entry for entry in os.scandir(root)  # é has two forms
+                   if entry.is_dir() and not entry.name.startswith(HIDDEN)} if by_class else {"": root}
+        check(folders, f"{constant}: {root} has no subfolders; it must hold one folder of images per class")
+        self.classes, others = sorted(folders), []
         for label, name in enumerate(self.classes):
-            found = sorted(os.path.join(folder, file) for folder, _, files in os.walk(Path(root, name))
-                           for file in files if Path(file).suffix.lower() in EXTENSIONS)
+            files = sorted(files_below(folders[name]))
+            found = [path for path in files if Path(path).suffix.lower() in EXTENSIONS]
             check(found, f"{constant}: the folder {Path(root, name)} holds no images ({', '.join(sorted(EXTENSIONS))})")
             self.paths += found
             self.labels += [label] * len(found)
+            others += [Path(path).suffix.lower() or "others" for path in set(files) - set(found)]
+        if others and os.environ.get("RANK", "0") == "0":
+            print(f"{constant}: left out of {root}:", ", ".join(f"{others.count(k)} {k}" for k in sorted({*others})))
 
     def __len__(self):
         return len(self.paths)
@@ -114,6 +119,8 @@ def open_splits(data_dir, image_size, shapes_images, batch_size=1, resumed=None)
 
 def center_crop(image, size):
     """ADM's evaluation crop: resizes the short side to `size` and takes the centre, uint8 (size, size, 3)."""
+    left, top = (max(0, side // 2 - 4 * min(image.size)) for side in image.size)  # a strip may be 65,000 pixels long
+    image = image.crop((left, top, image.width - left, image.height - top))
     while min(image.size) >= 2 * size:
         image = image.resize([side // 2 for side in image.size], Image.BOX)  # not reduce(2), which rounds up
     scale = size / min(image.size)
@@ -178,7 +185,7 @@ class TrainLoader:
 
     Each is collate([transform(image, rng), …]), made in the loading workers; without a transform, source.load(i) takes
     the place of transform(…). (seed, epoch) decides the order and (seed, epoch, image) the rng, so the training data
-    depends neither on processes or workers nor on a restart. An image that can't be decoded is replaced by another.
+    depends neither on processes or workers nor on a restart. An image that can't be used is replaced by another.
     short_side: pixels that a JPEG's short side must keep, see ImageFolder.load; 0 = all.
     """
 
@@ -187,8 +194,8 @@ class TrainLoader:
         order = training_order(len(source), batch_size, start, steps, seed, dist.rank, dist.count, micro_batches)
         self.batches = iter(torch.utils.data.DataLoader(
             TrainBatches(source, transform, seed, collate, short_side), sampler=order, batch_size=None,
-            num_workers=workers, worker_init_fn=outlive_sigterm, pin_memory=dist.device.type == "cuda"))
-        self.source, self.dist, self.seconds, self.bad, self.reported = source, dist, 0.0, [], set()
+            num_workers=workers, worker_init_fn=ignore_signals, pin_memory=dist.device.type == "cuda"))
+        self.source, self.dist, self.seconds, self.bad, self.reported = source, dist, 0.0, [], {}
 
     def __iter__(self):
         return self
@@ -199,7 +206,7 @@ class TrainLoader:
         self.seconds += time.perf_counter() - began
         self.bad += bad
         if batch is None:
-            fail(f"{self.source.constant}: 100 images in a row can't be decoded, such as {bad[0]}", everywhere=False)
+            fail(f"{self.source.constant}: 100 images in a row can't be used: {' '.join(bad[0])}", everywhere=False)
         return batch
 
     def waited(self):
@@ -208,7 +215,7 @@ class TrainLoader:
         return seconds
 
     def report_bad_files(self):
-        """Names files that can't be decoded, each once; more than 1 % end the run. All processes must call it."""
+        """Names files that can't be used, each once; more than 1 % end the run. All processes must call it."""
         report_bad_files(self.source, len(self.source), self.bad, self.reported, self.dist)
         self.bad = []
 
@@ -229,7 +236,7 @@ def training_order(images, batch_size, start, steps, seed, rank=0, count=1, micr
 
 
 class TrainBatches(torch.utils.data.Dataset):
-    """Item [(epoch, i), …] is (their micro-batch, names of files that can't be decoded). See TrainLoader."""
+    """Item [(epoch, i), …] is (their micro-batch, [(file that can't be used, reason), …]). See TrainLoader."""
 
     def __init__(self, source, transform, seed, collate=default_collate, short_side=0):
         self.source, self.transform, self.seed, self.collate = source, transform, seed, collate
@@ -238,29 +245,28 @@ class TrainBatches(torch.utils.data.Dataset):
     def __getitem__(self, batch):
         items, bad = [], []
         for epoch, i in batch:
-            rng = np.random.default_rng([self.seed, 0, epoch, i])
-            image = try_load(self.source, i, bad, **self.options)
-            while image is None and len(bad) < 100:
-                image = try_load(self.source, int(rng.integers(len(self.source))), bad, **self.options)
-            if image is None:
+            rng, item = np.random.default_rng([self.seed, 0, epoch, i]), None
+            while item is None and len(bad) < 100:
+                item = try_load(self.source, i, bad, self.transform, rng, **self.options)
+                i = int(rng.integers(len(self.source)))  # takes its place, if it is bad
+            if item is None:
                 return None, bad
-            items.append(self.transform(image, rng) if self.transform else image)
+            items.append(item)
         return self.collate(items), bad
 
 
 def eval_loader(source, size, batch_size, dist, workers=0, images=0, title="", indices=None, keep_empty=False):
     """Yields centre crops, uint8 (b, size, size, 3), and their indices (b,), so that all processes together see every
-    image once; all must iterate. Files that can't be decoded are left out and named at the end; more than 1 % end the
+    image once; all must iterate. Files that can't be used are left out and named at the end; more than 1 % end the
     run. After a SIGTERM to any process, that one breaks off and all raise Stopped at their end.
 
-    images: how many, evenly spread; 0 = all. indices: which ones, instead. title: of a progress bar. keep_empty: yield
-    a batch even if none of its images can be decoded.
+    images: how many, evenly spread; 0 = all. indices: which ones, instead. title: of a bar. keep_empty: also no images.
     """
     count, bad = min(images or len(source), len(source)), []
     mine = (spread(source, count) if indices is None else indices)[dist.rank::dist.count].tolist()
     loader = torch.utils.data.DataLoader(
         CenterCrops(source, size), sampler=[mine[k:k + batch_size] for k in range(0, len(mine), batch_size)],
-        batch_size=None, num_workers=workers, worker_init_fn=outlive_sigterm)
+        batch_size=None, num_workers=workers, worker_init_fn=ignore_signals)
     for pixels, chosen, names in bar(loader, dist, desc=title) if title else loader:
         bad += names
         if len(pixels) or keep_empty:
@@ -269,7 +275,7 @@ def eval_loader(source, size, batch_size, dist, workers=0, images=0, title="", i
             break
     if dist.stop_requested():  # only here, since processes may have different numbers of batches
         raise Stopped
-    report_bad_files(source, count, bad, set(), dist)
+    report_bad_files(source, count, bad, {}, dist)
 
 
 def spread(source, count):
@@ -278,7 +284,7 @@ def spread(source, count):
 
 
 class CenterCrops(torch.utils.data.Dataset):
-    """Item [i, …] is (centre crops uint8 (b, size, size, 3), their indices (b,), names of undecodable files)."""
+    """Item [i, …] is (centre crops uint8 (b, size, size, 3), their indices (b,), [(bad file, reason), …])."""
 
     def __init__(self, source, size):
         self.source, self.size = source, size
@@ -286,36 +292,32 @@ class CenterCrops(torch.utils.data.Dataset):
     def __getitem__(self, batch):
         crops, indices, bad = [np.zeros((0, self.size, self.size, 3), np.uint8)], [], []
         for i in batch:
-            image = try_load(self.source, i, bad)
-            if image is not None:
-                crops.append(center_crop(image, self.size)[None])
+            crop = try_load(self.source, i, bad, center_crop, self.size)
+            if crop is not None:
+                crops.append(crop[None])
                 indices.append(i)
         return torch.from_numpy(np.concatenate(crops)), torch.tensor(indices), bad
 
 
-def try_load(source, i, bad, **options):
-    """Image i; or None if it can't be decoded, and its name is added to `bad`."""
+def try_load(source, i, bad, view, *more, **options):
+    """view(image i, *more), or image i; None, and (the file, the reason) is added to `bad`, if either can't be made."""
     try:
-        return source.load(i, **options)
-    except Exception:  # broken files make Pillow raise OSError, SyntaxError, ValueError, struct.error and others
-        bad.append(source.name(i))
+        image = source.load(i, **options)
+        return view(image, *more) if view else image
+    except (Exception, SystemExit) as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and others
+        bad.append((source.name(i), f"{type(error).__name__}: {error}".splitlines()[0]))
 
 
 def report_bad_files(source, images, bad, reported, dist):
-    """Names all processes' `bad` files that are not in the set `reported` yet, and adds them to it. The run ends if
-    more than 1 % of `images` are in it."""
-    for name in sorted(set(dist.gather(bad)) - reported):
-        reported.add(name)
-        dist.print(f"{source.constant}: {name} can't be decoded and is left out ({len(reported)} so far)")
+    """Names all processes' `bad` files, unless they are in `reported`, {name: reason}; over 1 % of `images` fail."""
+    new = {name: reason for name, reason in sorted(dist.gather(bad)) if name not in reported}
+    for name in new:
+        dist.print(f"{source.constant}: {name} can't be used and is left out ({new[name]})")
+    reported |= new
     if len(reported) > BAD_SHARE * images:
-        fail(f"{source.constant}: {len(reported)} of {images} images can't be decoded, over {BAD_SHARE:.0%}: "
-             + ", ".join(sorted(reported)))
-
-
-def outlive_sigterm(_):
-    """For loading workers. A scheduler sends SIGTERM to every process of a job, but the training process needs its
-    workers until the end of the step, where it saves; so they live for half a minute more."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+        fail(f"{source.constant}: {len(reported)} of {images} images can't be used, over {BAD_SHARE:.0%}: "
+             + ", ".join(f"{name} ({reason})" for name, reason in sorted(reported.items())[:10])
+             + f" and {len(reported) - 10} more" * (len(reported) > 10))
 
 
 def eval_batch(size):
@@ -348,7 +350,7 @@ def validate(tcae, source, size, images, dist, picture):
 
 class Store:
     """An array on disk that many processes fill, item by item, over any number of runs. The file is 4096 bytes of JSON
-    about its contents, then `state` (count,) uint8 (0 = to do, 1 = done, 2 = impossible), then `items` (count, *shape);
+    about its contents, then `state` (count,) uint8 (0 = to do, 1 = done, 2 = failed), then `items` (count, *shape);
     both are memory-mapped. All processes of `dist` must open it together; the first creates it if need be."""
 
     HEADER = 4096
@@ -385,8 +387,8 @@ class Store:
                          if says.get(name) != value)
 
     def to_do(self, dist):
-        """The indices of all items that are still to do. All processes must call it before any of them fills one."""
-        indices = np.flatnonzero(self.state == 0)
+        """The indices of all items that are not done. All processes must call it before any of them fills one."""
+        indices = np.flatnonzero(self.state != 1)
         dist.wait()
         return indices
 

@@ -11,9 +11,8 @@ classifier on average-pooled image tokens, R_lat of one on average-pooled latent
 Prints a table and writes it to eval.json, beside the checkpoint or the samples.
 """
 import json
-import logging
 import os
-import signal
+import re
 import struct
 import zipfile
 from pathlib import Path
@@ -40,7 +39,7 @@ pca = False  # True: also the PSNR of PCA with as many values per image, the bes
 # … or samples against a reference
 samples = ""  # folder of images, or .npz with arr_0 uint8 (N, H, W, 3) as sample.py writes it
 reference = ""  # the same, or .npz of statistics (mu, sigma), or "shapes"; a folder is cropped to the samples' size
-paired = False  # True: image i of samples is the reconstruction of image i of reference (in order of file names)
+paired = False  # True: samples are reconstructions of the reference, matched by path, file name or its last number
 
 # How
 feature_net = ""  # "" = FID's Inception; .pt2: uint8 (B, H, W, 3) -> features (B, D), logits (B, K); "none" = no FID
@@ -78,10 +77,10 @@ class Npz:
                   f"{constant}={path}: arr_0 is {kind} {shape}; it must be uint8 (N, H, H, 3)")
             check(not fortran, f"{constant}={path}: arr_0 is in Fortran order; write it with numpy.ascontiguousarray")
             self.images = np.memmap(path, kind, "r", file.tell(), shape)
-        self.path, self.constant = path, constant
+        self.root, self.constant = path, constant
 
     def __reduce__(self):  # workers that are not forked get the path, not the contents
-        return Npz, (self.path, self.constant)
+        return Npz, (self.root, self.constant)
 
     def __len__(self):
         return len(self.images)
@@ -90,7 +89,7 @@ class Npz:
         return Image.fromarray(self.images[i])
 
     def name(self, i):
-        return f"{self.path}[{i}]"
+        return f"{self.root}[{i}]"
 
 
 def open_images(path, constant):
@@ -224,30 +223,6 @@ def pca_psnr(train, val, values, size, dist):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sets of images: Fréchet distance and Inception score
-
-
-class FeatureNet:
-    """A network from a file of torch.export, in Inception's place, for images of `side` pixels."""
-
-    def __init__(self, path, side, device):
-        check(Path(path).is_file(), f"feature_net={path}: there is no such file")
-        logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it would log a traceback
-        try:
-            exported = torch.export.load(path)
-            if device.type != "cpu":
-                from torch.export.passes import move_to_device_pass
-                exported = move_to_device_pass(exported, str(device))
-            self.net = exported.module()
-            for batch in 1, FeatureSums.BATCH:
-                features, logits = self.net(torch.zeros(batch, side, side, 3, dtype=torch.uint8, device=device))
-                (_, self.features), (_, self.classes) = features.shape, logits.shape
-        except Exception as error:
-            runtime.fail(f"feature_net={path} must be a file of torch.export.save that takes uint8 (B, {side}, {side}, "
-                         "3) for any B and returns features (B, D) and logits (B, K): "
-                         + (str(error).strip() or type(error).__name__).splitlines()[0])
-
-    def __call__(self, pixels):
-        return self.net(pixels)
 
 
 class FeatureSums:
@@ -398,7 +373,7 @@ def chunks(features, labels, size=65536):
 def open_feature_net(size, dist):
     """The network for FID and IS of images of `size` pixels. Raises MissingWeights."""
     if feature_net:
-        return FeatureNet(feature_net, size, dist.device)
+        return pretrained.FeatureNet(feature_net, size, dist.device, FeatureSums.BATCH)
     path = pretrained.download_weights(*pretrained.INCEPTION, dist)
     return pretrained.Inception.pretrained(path).to(dist.device).eval()
 
@@ -480,18 +455,29 @@ def evaluate_samples(dist):
          metric_name("IS"): sampled.inception_score()}
 
 
+def partners(images, other):
+    """The index in `other` of each image's partner: of the same path in its folder, else file name, else last number."""
+    for pattern in r"^/?(.*)\.\w+$", r"([^/]*)\.\w+$", r"0*(\d+)\D*$":
+        a, b = ({(re.search(pattern, source.name(i).removeprefix(getattr(source, "root", ""))) or "??")[1]: i
+                 for i in range(len(source))} for source in (images, other))
+        if a.keys() == b.keys() and len(a) == len(images) == len(other):
+            return np.array([b[name] for name in a])
+    runtime.fail(f"paired=True: samples={samples}, {len(images)} images, and reference={reference}, {len(other)}, must "
+                 "have the same paths, file names or numbers in them (0, 1, … in an .npz)")
+
+
 @torch.no_grad()
 def evaluate_pairs(dist):
     """-> the same, for samples that are reconstructions of the reference: rFID, PSNR, SSIM, LPIPS."""
     images = open_images(samples, "samples")
     size = side_of(images)
     other = open_reference(size)
-    check(len(other) == len(images),
-          f"paired=True: samples={samples} holds {len(images)} images, reference={reference} {len(other)}")
+    order = partners(images, other)
     pairs = PairMetrics(len(images), size, dist)
     for (a, of_a), (b, of_b) in zip(
             data.eval_loader(images, size, batch_size, dist, workers, title="pairs", keep_empty=True),
-            data.eval_loader(other, size, batch_size, dist, workers, keep_empty=True), strict=True):
+            data.eval_loader(other, size, batch_size, dist, workers, indices=order, keep_empty=True), strict=True):
+        of_b = torch.from_numpy(order.argsort())[of_b.long()]  # whose partners they are
         in_a, in_b = torch.isin(of_a, of_b), torch.isin(of_b, of_a)  # pairs of which both images could be decoded
         if in_a.any():
             pairs.add(b[in_b], a[in_a], of_a[in_a])
@@ -521,8 +507,7 @@ def main():
     check(out or not tokenizer.endswith(".py"), f"out is empty: the file of results for {tokenizer}")
     path = out or os.path.join(os.path.dirname(given.rstrip("/")), "eval.json")
     check(os.access(os.path.dirname(path) or ".", os.W_OK) and not os.path.isdir(path), f"out={path} can't be written")
-    dist = runtime.Distributed(device, dtype)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to save
+    dist = runtime.Distributed(device, dtype, saves=False)
     torch.set_float32_matmul_precision("highest")  # no TF32 in metrics
     torch.backends.cudnn.allow_tf32 = False
     about, results = (evaluate_tokenizer if tokenizer else evaluate_pairs if paired else evaluate_samples)(dist)
@@ -530,8 +515,8 @@ def main():
         print(about)
         for name, value in results.items():
             print(f"  {name:<{max(map(len, results))}}" + ("         –" if value is None else f"{value:10.4f}"))
-        with open(path, "w") as file:
-            json.dump({"measured": about, **results, "constants": constants}, file, indent=1)
+        Path(f"{path}.tmp").write_text(json.dumps({"measured": about, **results, "constants": constants}, indent=1))
+        os.replace(f"{path}.tmp", path)  # whole or not at all
         print(f"wrote {path}")
     dist.close()
 

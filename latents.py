@@ -150,7 +150,7 @@ class Pairs:
         elif self.store.state[i] == 1:
             pair = self.store.items[i]
         else:
-            raise OSError("this image could not be decoded when the cache was filled")
+            raise OSError("this image could not be used when the cache was filled")
         return {"pair": pair, "label": self.images.labels[i], "index": i}
 
     def name(self, i):
@@ -168,13 +168,19 @@ def open_store(path, tcae, images, rebuild, count, shape, dtype, dist):
     check(os.path.isdir(os.path.dirname(path) or "."), f"cache={path}: there is no such folder")
     about = {"tokenizer": tcae.latents_of, "image_size": tcae.image_size, "images": len(images),
              "files": images.fingerprint()}
+    lock = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.lock"), f"cache: {path}"
+    if rebuild or not os.path.exists(path):
+        dist.lock(*lock)
     if rebuild and dist.first and os.path.exists(path):
         os.remove(path)
     dist.wait()  # until the old file is gone
     differences = data.Store.differences(path, about)
     check(not differences, f"cache: {path} was made from something else ({differences}). "
                            "--rebuild_cache=True replaces it, another --cache keeps both")
-    return data.Store(path, about, count, shape, dtype, dist)
+    store = data.Store(path, about, count, shape, dtype, dist)
+    if (store.state == 0).any():
+        dist.lock(*lock)  # a complete one can be shared
+    return store
 
 
 def fill_cache(path, tcae, images, rebuild, workers, dist):
@@ -188,6 +194,6 @@ def fill_cache(path, tcae, images, rebuild, workers, dist):
         z = encode(tcae, both, dist).cpu().unflatten(0, (-1, 2))  # (b, 2, c, h, w)
         store.put(indices.numpy(), z.numpy())
     mine = todo[dist.rank::dist.count]
-    store.state[mine[store.state[mine] == 0]] = 2  # what is still to do could not be decoded
+    store.state[mine[store.state[mine] != 1]] = 2  # these could not be used; the next run tries them again
     store.flush()
     return store

@@ -2,11 +2,12 @@
 
     download_weights             a file in torch.hub's cache
     load_lpips, training_lpips   the perceptual distance
-    FeatureDistance              the same over a network of your own
+    FeatureNet, FeatureDistance  in the place of FID's Inception and of LPIPS, from files of torch.export
     DINO                         whose features the discriminator looks at
     Inception                    what FID and IS are defined with
 """
 import hashlib
+import logging
 import os
 from pathlib import Path
 
@@ -77,6 +78,37 @@ def training_lpips(dist, net="vgg"):
     return perceptual
 
 
+def load_exported(path, constant):
+    """A file of torch.export.save. Pickles and compiled code, which it may hold, are not loaded."""
+    check(os.path.isfile(path), f"{constant}={path}: there is no such file")
+    harmful = any(kind in Path(path).read_bytes() for kind in (b"data/aotinductor/", b"opaque_obj_"))
+    check(not harmful, f"{constant}={path} holds compiled code or Python objects, which may be harmful")
+    return torch.export.load(path)  # torch.load in there is safe, by runtime.py
+
+
+class FeatureNet:
+    """A network from a file of torch.export, in Inception's place, for images of `side` pixels."""
+
+    def __init__(self, path, side, device, batch):
+        logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it would log a traceback
+        try:
+            exported = load_exported(path, "feature_net")
+            if device.type != "cpu":
+                from torch.export.passes import move_to_device_pass
+                exported = move_to_device_pass(exported, str(device))
+            self.net = exported.module()
+            for batch in 1, batch:
+                features, logits = self.net(torch.zeros(batch, side, side, 3, dtype=torch.uint8, device=device))
+                (_, self.features), (_, self.classes) = features.shape, logits.shape
+        except Exception as error:
+            fail(f"feature_net={path} must be a file of torch.export.save that takes uint8 (B, {side}, {side}, "
+                         "3) for any B and returns features (B, D) and logits (B, K): "
+                         + (str(error).strip() or type(error).__name__).splitlines()[0])
+
+    def __call__(self, pixels):
+        return self.net(pixels)
+
+
 class FeatureDistance:
     """LPIPS's form over any network: (B, 3, H, W) twice, in [-1, 1] -> (B,). At every place of every feature map the
     squared distance between the two unit vectors of channels; means over places, then over maps. LPIPS weights the
@@ -86,8 +118,7 @@ class FeatureDistance:
     """
 
     def __init__(self, path, dist):
-        check(os.path.isfile(path), f"lpips_net={path}: there is no such file")
-        self.maps, self.dist = torch.export.load(path).module().to(dist.device), dist
+        self.maps, self.dist = load_exported(path, "lpips_net").module().to(dist.device), dist
 
     def __call__(self, a, b):
         with self.dist.autocast():

@@ -1,32 +1,41 @@
 """What every script needs to start, log, stop and resume. Nothing here is about images.
 
     Distributed            this process among the others: device, precision, sums over all of them, SIGTERM
-    open_run, check_training, make_folder    the start of a training script
+    open_run, check_training, make_folder, files_below    the start of a training script; what is in a folder
     save_checkpoint, load_checkpoint, check_resumable, header, fingerprint, latents_of
     Log, Progress, bar     log.jsonl, and what a terminal or a batch job's log shows
     cosine, update_ema     the schedule of learning rate and teacher momentum; moving averages of weights
 
-configure, check and fail are in configurator.py; the scripts call them as runtime.configure and so on.
+configure, check, fail and how a process ends are in configurator.py; the scripts call them as runtime.configure etc.
 """
+import fcntl
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import signal
+import ssl
 import subprocess
+import sys
 import time
+import zipfile
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from configurator import check, configure, fail  # noqa: F401
+from configurator import SIGNALS, check, configure, fail, fails_first, ignore_signals  # noqa: F401
 
 HERE = Path(__file__).parent
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # torch.load unpickles nothing, whichever library calls it
+if not hasattr(ssl, "IBOTLoss"):  # a debugger, Jupyter or a plugin had imported Python's own: ours becomes a part of it
+    importlib.util.spec_from_file_location("ssl", HERE / "ssl.py").loader.exec_module(ssl)
+HIDDEN = ".", "@eaDir", "__MACOSX"  # how names begin that a Mac or a file server adds
 
 
 class Stopped(Exception):
-    """Some process got SIGTERM; raised in all of them together."""
+    """Some process got one of SIGNALS; raised in all of them together."""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -37,29 +46,35 @@ class Distributed:
     """This process, alone or among those that torchrun started.
 
     rank and count; first: rank 0, which writes the files. device: CUDA, MPS or CPU. dtype, for autocast: torch.bfloat16
-    where that is faster, else torch.float32. stop: True once this process got SIGTERM.
+    where that is faster, else torch.float32. stop: True once this process got one of SIGNALS; saves=False: they end it.
     """
 
-    def __init__(self, device="auto", dtype="auto", seed=0):
+    def __init__(self, device="auto", dtype="auto", seed=0, saves=True):
         self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.first = self.rank == 0
         self.device = self.pick_device(device)
         if self.count > 1:  # gloo for what the CPUs exchange (stop flags, file names), NCCL between GPUs
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             torch.distributed.init_process_group(backend)
+            sys.excepthook = lambda kind, error, trace: (
+                fails_first(f"{kind.__name__}: {error}") and sys.__excepthook__(kind, error, trace))
         check(seed < 2**63, f"seed={seed} must be below 2^63")
         torch.manual_seed(seed)
         torch.set_float32_matmul_precision("high")  # TF32 for matrix products that stay in float32
         torch.set_flush_denormal(True)  # numbers below 1e-38 become 0: they slow a CPU down many times
         check(dtype in ("auto", "bfloat16", "float32"), f"dtype={dtype!r}: it is 'auto', 'bfloat16' or 'float32'")
         self.dtype = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and self.bf16_pays() else torch.float32
-        self.stop = False
-        signal.signal(signal.SIGTERM, self.on_sigterm)
-        self.print(f"{self.count} process{'es' if self.count > 1 else ''} on {self.device_name()}, "
+        self.stop, self.locks = False, {}
+        for number in SIGNALS if saves else ():
+            signal.signal(number, self.on_signal)
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else \
+            f"{self.device.type.upper()}, {torch.get_num_threads()} threads"
+        self.print(f"{self.count} process{'es' if self.count > 1 else ''} on {name}, "
                    f"{'bfloat16 autocast' if self.dtype == torch.bfloat16 else 'float32'}")
 
-    def on_sigterm(self, *_):
+    def on_signal(self, number, _):
         self.stop = True
+        signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else self.on_signal)  # a second Ctrl-C ends it
 
     def pick_device(self, name):
         if name == "auto":
@@ -71,10 +86,6 @@ class Distributed:
             return torch.zeros(0, device=name).device
         except Exception as error:
             fail(f"device={name!r} can't be used here: {str(error).splitlines()[0]}", everywhere=False)
-
-    def device_name(self):
-        return torch.cuda.get_device_name() if self.device.type == "cuda" else \
-            f"{self.device.type.upper()}, {torch.get_num_threads()} threads"
 
     def bf16_pays(self):
         """Whether bfloat16 is faster: on CUDA if the GPU supports it, on a CPU by a 20 ms test, and then only if it is
@@ -138,7 +149,7 @@ class Distributed:
         return [item for each in lists for item in each]
 
     def stop_requested(self):
-        """Whether any process got SIGTERM. All must call it. The sum is the CPUs', so it does not wait for a GPU."""
+        """Whether any process is to stop. All must call it. The sum is the CPUs', so it does not wait for a GPU."""
         return bool(self.sum(torch.tensor(float(self.stop))))
 
     def print(self, *words):
@@ -150,8 +161,24 @@ class Distributed:
         if self.count > 1:
             torch.distributed.barrier()
 
+    def lock(self, path, what):
+        """Until close(), `what` belongs to this run, and another one ends with one line. `path`: the file to lock. The
+        kernel frees it however this process ends, and its loading workers never have it."""
+        if self.first and path not in self.locks:
+            file = self.locks[path] = open(path, "a+")
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(f"{what} is in use by {Path(path).read_text()}: wait until it ends, or give another")
+            except OSError as error:  # some network file systems have no locks
+                print(f"{what} can't be locked ({error.strerror}): see that no other run writes there")
+            file.truncate(0)
+            print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=file, flush=True)
+
     def close(self):
         """All processes exit together: one that exits while the first still draws or measures would seem to fail."""
+        for file in self.locks.values():
+            file.close()
         if self.count > 1:
             self.wait()
             torch.distributed.destroy_process_group()
@@ -196,13 +223,23 @@ def check_training(constants, dist, positive=()):
               f"{name}={constants.get(name)} is more than epochs={constants['epochs']}")
 
 
-def make_folder(out_dir):
-    """Makes the folder unless it is there."""
+def make_folder(out_dir, dist=None):
+    """Makes the folder unless it is there. It belongs to this run, if there is one."""
     try:
         os.makedirs(out_dir, exist_ok=True)
+        if dist:
+            dist.lock(os.path.join(out_dir, ".lock"), f"out_dir={out_dir}")
     except OSError as error:
-        fail(f"out_dir={out_dir} can't be made: {error.strerror}", everywhere=False)
-    check(os.access(out_dir, os.W_OK), f"out_dir={out_dir} can't be written to")
+        fail(f"out_dir={out_dir} can't be written to: {error.strerror}", everywhere=False)
+
+
+def files_below(root, parents=()):
+    """Paths of all regular files below `root`. Links are followed, except in a circle; HIDDEN names are left out."""
+    for entry in os.scandir(root):
+        if entry.is_file() and not entry.name.startswith(HIDDEN):
+            yield entry.path
+        elif entry.is_dir() and not entry.name.startswith(HIDDEN) and os.path.realpath(entry) not in parents:
+            yield from files_below(entry.path, (*parents, os.path.realpath(entry)))
 
 
 def save_checkpoint(path, state):
@@ -216,6 +253,8 @@ def load_checkpoint(path, name, kind=None):
     it must be one; a tokenizer must be finished, too."""
     check(Path(path).is_file(), f"{name}={path}: there is no such checkpoint")
     try:
+        if damaged := zipfile.ZipFile(path).testzip():
+            raise OSError(f"the checksum of {damaged} is another one")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         fail(f"{name}={path} is not a checkpoint of this project, or it is damaged: "
@@ -250,10 +289,9 @@ def header(kind, constants, dist):
 
 def git_revision():
     """This code's commit, with a + if files were changed since; "" outside git."""
-    def git(*words):
-        return subprocess.run(["git", "-C", HERE, *words], capture_output=True, text=True).stdout.strip()
+    words = "describe --always --exclude=* --abbrev=40 --dirty=+".split()
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return subprocess.run(["git", "-C", HERE, *words], capture_output=True, text=True).stdout.strip()
     except OSError:  # git is not installed
         return ""
 
@@ -265,12 +303,19 @@ def bar(items, dist, **words):
 
 class Log:
     """log.jsonl, one line per logged step, written by the first process. Lines after `step` are removed: a run that was
-    killed after its last checkpoint repeats those steps."""
+    killed after its last checkpoint repeats those steps. So are lines that can't be read."""
 
     def __init__(self, path, step):
-        lines = Path(path).read_text().splitlines() if Path(path).exists() else []
-        lines = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        Path(path).write_text("".join(f"{line}\n" for line in lines))
+        lines, unread = [], 0
+        for line in Path(path).read_bytes().splitlines() if Path(path).exists() else []:
+            try:
+                lines += [line + b"\n"] if json.loads(line)["step"] <= step else []
+            except (ValueError, KeyError, TypeError):
+                unread += 1
+        if unread:
+            print(f"{path}: lines that can't be read and are left out: {unread}")
+        Path(f"{path}.tmp").write_bytes(b"".join(lines))
+        os.replace(f"{path}.tmp", path)  # on a full disk the old lines stay
         self.file = open(path, "a", buffering=1)
 
     def write(self, **values):
@@ -308,7 +353,7 @@ class Progress:
             if not math.isfinite(value):
                 self.bar.close()  # so that the message has a line to itself
                 kept = f"The last good checkpoint is still in {self.checkpoint}. " if self.checkpoint.exists() else ""
-                fail(f"step {step}: {name} is {value}. {kept}Start again with a smaller learning_rate")
+                fail(f"step {step}: {name} is {value}. {kept}Look for damaged images, or lower learning_rate")
         seconds, by_name = time.perf_counter() - self.since, {}
         for (_, name), value in zip(places, values):
             by_name.setdefault(name, []).append(value)

@@ -70,7 +70,7 @@ def main():
     labels = np.resize([int(name) for name in chosen], num_samples or per_class * len(chosen))  # in turn, repeated
 
     # All processes fill one file, which outlives them, so that a stopped run can continue.
-    runtime.make_folder(out_dir)
+    runtime.make_folder(out_dir, dist)
     part = os.path.join(out_dir, "samples.part")
     about = {"generator": runtime.fingerprint(weights), "tokenizer": runtime.fingerprint(tcae.state_dict()),
              "labels": runtime.fingerprint({"": torch.from_numpy(labels)}), "steps": steps, "method": method,

@@ -21,7 +21,8 @@ import sysconfig
 from importlib.machinery import PathFinder
 
 _doc = __doc__
-exec(PathFinder.find_spec("ssl", [sysconfig.get_path("stdlib")]).loader.get_code("ssl"))
+if "SSLContext" not in globals():  # else runtime.py adds this file to a TLS module that was there before
+    exec(PathFinder.find_spec("ssl", [sysconfig.get_path("stdlib")]).loader.get_code("ssl"))
 __doc__ = _doc
 
 

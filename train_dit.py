@@ -102,7 +102,7 @@ def main():
         return dist.close()
     check_constants(dist)
     dist.compiles(compile)  # if compile=True doesn't work here, fail now, not after an hour of encoding
-    runtime.make_folder(out_dir)
+    runtime.make_folder(out_dir, dist)
 
     # The tokenizer, frozen
     tcae = open_tokenizer(tokenizer, dist, generator=resumed)

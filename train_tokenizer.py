@@ -203,7 +203,7 @@ def main():
     if compiled:
         compile_blocks(model, *([teacher] if heads else []))
     wrapped = dist.distribute(model)
-    runtime.make_folder(out_dir)
+    runtime.make_folder(out_dir, dist)
     picture = os.path.join(out_dir, "reconstructions.png")
     transform = Views(multi_crop)
     loader = data.TrainLoader(train, transform, batch_size, start, steps, seed, dist, collate=transform.collate,

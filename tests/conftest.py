@@ -9,15 +9,21 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-# pytest or a plugin may have imported Python's ssl before this folder came first; the tests must find the project's
-if Path(getattr(sys.modules.get("ssl"), "__file__", "")) != ROOT / "ssl.py":
-    sys.modules.pop("ssl", None)
 
-import ssl  # noqa: E402
+import pytest  # noqa: E402
+import runtime  # noqa: E402, F401 (pytest or a plugin may have imported Python's ssl: it adds ours)
 import torch  # noqa: E402
 
-assert Path(ssl.__file__) == ROOT / "ssl.py"
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """A script that runs in this process takes its signals over."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def clean_environment(**more):

@@ -1,5 +1,8 @@
 """Images in: what is on disk becomes the right RGB, every fault is one clear line, every step has its own images."""
 import contextlib
+import os
+import shutil
+import unicodedata
 from types import SimpleNamespace
 
 import numpy as np
@@ -141,6 +144,15 @@ def test_images_of_every_kind_become_rgb_of_the_right_colour(tmp_path):
         assert difference <= (4 if name.lower().endswith(("jpg", "jpeg")) else 1), name
 
 
+def test_exif_orientation_is_ignored(tmp_path):
+    """As by torchvision's ImageFolder and ADM's evaluation: statistics and published models are of such images."""
+    (tmp_path / "class").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90°
+    photo(24, 16).save(tmp_path / "class" / "turned.jpg", exif=exif)
+    assert data.ImageFolder(tmp_path).load(0).size == (24, 16)
+
+
 @pytest.fixture
 def large_jpeg(tmp_path):
     """A folder with one JPEG of 1600 × 1200."""
@@ -208,6 +220,35 @@ def test_classes_are_the_folders_in_alphabetical_order(folder):
     assert source.classes == ["ant", "cat", "dog"] and source.labels == [0, 1, 1, 2, 2]
 
 
+def test_what_a_folder_holds(folder, capsys):
+    """Links are followed at every depth, but not in a circle; what a Mac or a file server adds is no class and no
+    image; a pipe is no file; what else is no image is counted. One class, whichever way its é is written."""
+    train, elsewhere = folder / "train", folder / "elsewhere"
+    (elsewhere / "deep").mkdir(parents=True)
+    photo(8, 8).save(elsewhere / "deep" / "a.png")
+    (train / "eel").symlink_to(elsewhere)
+    (train / "cat" / "more").symlink_to(elsewhere)
+    (elsewhere / "deep" / "circle").symlink_to(elsewhere)
+    (elsewhere / "deep" / "gone.png").symlink_to(folder / "nowhere")
+    os.mkfifo(train / "dog" / "pipe.jpg")
+    for name in ".thumbs", "@eaDir", "__MACOSX":
+        for place in train, train / "dog":
+            shutil.copytree(elsewhere / "deep", place / name, symlinks=True)
+    for name in "._0.png", "a.bmp", "b.BMP", "c.avif", "d":
+        (train / "dog" / name).write_bytes(b"")
+    source = data.open_split(folder, "train", 32, 0)
+    assert source.classes == ["cat", "dog", "eel"]
+    assert [path.removeprefix(f"{train}/") for path in source.paths] == [
+        "cat/0.png", "cat/1.png", "cat/more/deep/a.png", "dog/0.png", "dog/1.png", "eel/deep/a.png"]
+    printed = capsys.readouterr().out
+    assert printed == f"data_dir: left out of {train}: 1 .avif, 2 .bmp, 1 others\n"
+    assert len(data.ImageFolder(train, by_class=False)) == 6
+    (train / "cat").rename(train / unicodedata.normalize("NFC", "café"))
+    (folder / "val" / "cat").rename(folder / "val" / unicodedata.normalize("NFD", "café"))
+    (folder / "val" / "eel").symlink_to(elsewhere)
+    assert data.open_splits(folder, 32, 0)[1].classes == [unicodedata.normalize("NFC", "café"), "dog", "eel"]
+
+
 def test_validation_images_may_stand_in_val_or_test(folder):
     """ImageNet says val, CIFAR-10 says test."""
     assert len(data.open_split(folder, "val", 32, 0)) == 4
@@ -239,7 +280,7 @@ def test_every_fault_of_the_folder_is_one_line_that_names_data_dir(folder):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Files that can't be decoded
+# Files that can't be used
 
 
 def test_undecodable_files_are_replaced_by_others_and_named(folder):
@@ -253,29 +294,56 @@ def test_undecodable_files_are_replaced_by_others_and_named(folder):
         replacements = set()
         for epoch in range(8):
             pixels, bad = dataset[[(epoch, 0)]]
-            assert pixels.numpy().tobytes() in others and set(bad) == {str(broken)}
+            assert pixels.numpy().tobytes() in others and {name for name, _ in bad} == {str(broken)}
             assert torch.equal(dataset[[(epoch, 0)]][0], pixels)
             replacements.add(pixels.numpy().tobytes())
         assert len(replacements) > 1
         pixels, bad = dataset[[(0, 1)]]
         assert pixels.numpy().tobytes() == others[0] and bad == []
     pixels, indices, bad = data.CenterCrops(source, 16)[[0, 1, 2, 3]]  # evaluation leaves it out: none counts twice
-    assert pixels.shape == (3, 16, 16, 3) and indices.tolist() == [1, 2, 3] and bad == [str(broken)]
+    assert pixels.shape == (3, 16, 16, 3) and indices.tolist() == [1, 2, 3] and bad[0][0] == str(broken)
 
 
 def test_bad_files_are_named_once_and_stop_the_run_above_one_percent():
     """1 % exactly goes on; one more ends it with the list."""
-    here, reported = process(), set()
+    here, reported = process(), {}
 
-    def report(bad):
+    def report(*bad):
         data.report_bad_files(data.Shapes("train", 200, 32), 200, bad, reported, here)
 
-    report(["b.png", "a.png", "b.png"])
-    report(["a.png"])
-    report([])
-    assert len(here.lines) == 2 and "a.png" in here.lines[0] and "b.png" in here.lines[1]
-    message = failure(report, ["a.png", "c.png"])
-    assert all(word in message for word in ("data_dir", "3 of 200", "a.png", "b.png", "c.png"))
+    report(("b.png", "empty"), ("a.png", "cut off"), ("b.png", "empty"))
+    report(("a.png", "another reason"))
+    report()
+    assert len(here.lines) == 2 and "a.png can't be used and is left out (cut off)" in here.lines[0]
+    assert "b.png" in here.lines[1]
+    message = failure(report, ("a.png", "cut off"), ("c.png", "no access"))
+    assert all(word in message for word in ("data_dir", "3 of 200", "a.png (cut off), b.png (empty), c.png (no access)"))
+    message = failure(report, *((f"{k:03}.png", "empty") for k in range(90)))
+    assert "93 of 200" in message and message.count(".png") == 10 and message.endswith(" and 83 more")
+
+
+def test_a_view_that_fails_makes_a_bad_file(folder):
+    """Whatever its picture is like: the run knows the file and the reason, and goes on with another one."""
+    def view(image, rng):
+        if image.size == (20, 24):
+            raise MemoryError("a picture of this shape")
+        return np.array(image)
+
+    photo(24, 24).save(folder / "train" / "cat" / "2.png")
+    source = data.open_split(folder, "train", 32, 0)
+    pixels, bad = data.TrainBatches(source, view, 0)[[(0, 0), (0, 2)]]
+    assert pixels.shape == (2, 24, 24, 3) and (source.name(0), "MemoryError: a picture of this shape") in bad
+    loader = data.TrainLoader(source, lambda image, rng: view, 2, 0, 2, 0, process(), collate=None)
+    loader.batches = iter([(None, bad)])
+    assert f"{bad[0][0]} MemoryError: a picture of this shape" in failure(next, loader)
+
+
+def test_a_strip_is_cropped_before_it_is_enlarged():
+    """One pixel wide and 65,000 long: at the width of 256 it would have four billion pixels."""
+    strip = Image.new("RGB", (1, 65000), "red")
+    strip.paste("blue", (0, 32400, 1, 32600))
+    for image in strip, strip.transpose(Image.Transpose.ROTATE_90):
+        assert (data.center_crop(image, 256) == (0, 0, 255)).all()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -287,8 +355,8 @@ def test_both_loaders_report_what_they_could_not_decode(folder, workers):
     source = data.open_split(folder, "train", 32, 0)
     loader = data.TrainLoader(source, to_pixels, 2, 0, 2, 0, process(), workers=workers)
     assert len(list(loader)) == 2 and 0 < loader.waited() < 60 and loader.waited() == 0
-    assert f"1 of 4 images can't be decoded, over 1%: {broken}" in failure(loader.report_bad_files)
-    assert f"1 of 4 images can't be decoded, over 1%: {broken}" in \
+    assert f"1 of 4 images can't be used, over 1%: {broken}" in failure(loader.report_bad_files)
+    assert f"1 of 4 images can't be used, over 1%: {broken}" in \
         failure(list, data.eval_loader(source, 16, 2, process(), workers))
     for path in source.paths:
         open(path, "w").close()

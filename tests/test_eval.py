@@ -1,10 +1,13 @@
 """What eval.py measures, against the packages that others measure with; and that it measures all of what it is given,
 however it is divided, or says what is missing."""
+import io
 import json
+import os
 import pickle
 import signal
 import sys
 import threading
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import Mock
@@ -446,7 +449,7 @@ def test_no_table_depends_on_processes_or_batches(given, evaluate, monkeypatch):
     have none to look at."""
     one = evaluate(**given, workers=1)
     assert numbers(evaluate(**given, batch_size=4)) == pytest.approx(numbers(one), rel=1e-5)
-    monkeypatch.setattr(stage4, "FeatureNet", lambda *_: Net())  # torch.export.load is not for threads
+    monkeypatch.setattr(pretrained, "FeatureNet", lambda *_: Net())  # torch.export.load is not for threads
     work = stage4.evaluate_tokenizer if "tokenizer" in given else \
         stage4.evaluate_pairs if given["paired"] else stage4.evaluate_samples
     for count in 2, 13:
@@ -506,7 +509,7 @@ def test_without_weights_the_rest_of_the_table_is_measured(given, evaluate, offl
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Files that can't be decoded
+# Files that can't be used
 
 
 @pytest.fixture
@@ -531,7 +534,7 @@ def test_one_broken_file_is_left_out_and_named(many, evaluate, refused, net, cap
     assert table["gFD (net.pt2)"] == net_distance(a, b)
     assert table["measured"] == f"{paths['samples']}: {len(a)} samples, 32 px, against {len(b)} images of " \
                                 f"{paths['reference']}"
-    assert f"\n{where}: {broken[0]} can't be decoded" in capsys.readouterr().out
+    assert f"\n{where}: {broken[0]} can't be used" in capsys.readouterr().out
     broken.append(cut(paths[where] / "100.png"))
     for paired in False, True:
         message = refused(**paths, feature_net=net, paired=paired)
@@ -550,9 +553,31 @@ def test_a_pair_of_which_one_is_broken_is_left_out(many, evaluate, net, capsys, 
     a, b = (pixels[kept] for pixels in images.values())
     assert table["PSNR"] == pytest.approx(data.psnr(a, b).mean().item()) and all(str(path) in shown for path in bad)
     assert table["rFD (net.pt2)"] == net_distance(a, b) and f"{len(kept)} pairs" in table["measured"]
-    monkeypatch.setattr(stage4, "FeatureNet", lambda *_: Net())  # torch.export.load is not for threads
+    monkeypatch.setattr(pretrained, "FeatureNet", lambda *_: Net())  # torch.export.load is not for threads
     for about, results in together(2, stage4.evaluate_pairs):
         assert about == table["measured"] and numbers(results) == pytest.approx(numbers(table), rel=1e-5)
+
+
+@pytest.mark.parametrize("original, reconstruction", [
+    (lambda k: f"val_{k:08}.png", lambda k: f"{k}.png"), (lambda k: f"n{k % 3}/x{k}y.png", lambda k: f"x{k}y.webp"),
+    (lambda k: f"{k % 3}/{k // 3}.png", lambda k: f"{k % 3}/{k // 3}.webp"), (lambda k: f"{k:02}.png", None),
+    (lambda k: f"{k % 3}/{k // 3}.png", lambda k: f"{k // 3}/{k % 3}.png"),
+    (lambda k: f"{k}.png", lambda k: f"{k + 1}.png"),
+])
+def test_pairs_are_matched_by_name(evaluate, refused, tmp_path, original, reconstruction):
+    """With or without zeros in front, in classes or not; where names don't tell, by no means by their order."""
+    images, changed = pictures(12), noisy(pictures(12))
+    for folder, pixels, name in ("a", images, original), ("b", changed, reconstruction):
+        for k, image in enumerate(pixels if name else []):
+            (tmp_path / folder / name(k)).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image.numpy()).save(tmp_path / folder / name(k), lossless=True)
+    samples = tmp_path / "b" if reconstruction else npz_of(changed, tmp_path / "b.npz")
+    given = dict(samples=samples, reference=tmp_path / "a", paired=True, feature_net="none", lpips_net="none")
+    if reconstruction and reconstruction(11) in ("3/2.png", "12.png"):
+        message = refused(**given)
+        assert "paired=True" in message and str(samples) in message and "names" in message
+    else:
+        assert evaluate(**given)["PSNR"] == pytest.approx(data.psnr(images, changed).mean().item())
 
 
 def test_broken_validation_images(tokenizer, evaluate, refused, tmp_path, capsys):
@@ -603,6 +628,19 @@ def test_results_that_can_not_be_written_are_known_at_once(given, refused, unrea
     assert f"out={tmp_path / out}" in refused(**given, out=tmp_path / out)
 
 
+@pytest.mark.parametrize("given", ["samples"], indirect=True)
+def test_results_are_whole_or_not_there(given, evaluate, monkeypatch, tmp_path):
+    """A table script takes a file that is there for a measurement: a full disk must not leave an empty one."""
+    def full_disk(path, text):
+        path.write_bytes(b"{")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        evaluate(**given)
+    assert not (tmp_path / "eval.json").exists()
+
+
 @pytest.mark.parametrize("name, write, words, more", [
     ("samples", lambda path: np.savez(path, images=np.zeros(3)), ["arr_0", "images.npy"], {}),
     ("samples", lambda path: np.savez(path, np.zeros((10, 32, 32, 3), np.float32)), ["float32", "uint8"], {}),
@@ -635,6 +673,49 @@ def test_a_wrong_file(refused, unread, net, tmp_path, capsys, name, write, words
     message = refused(**{"samples": whole, "reference": whole, "feature_net": net, name: path, **more})
     assert all(word in message for word in [name, str(path), *words]), message
     assert "weights" not in capsys.readouterr().out
+
+
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("place", ["weights", "sample_inputs", "constants", "aotinductor"])
+def test_a_network_s_file_runs_no_code(refused, net, tmp_path, place):
+    """Wherever torch.export.load would unpickle, or load a compiled library: the file is refused, and nothing ran."""
+    path, ran, saved = tmp_path / "it.pt2", tmp_path / "ran", io.BytesIO()
+    torch.save(Payload(ran), saved)
+    with zipfile.ZipFile(net) as archive, zipfile.ZipFile(path, "w") as changed:
+        for name in archive.namelist():
+            content = archive.read(name)
+            if place == "weights" and name.endswith("weights_config.json"):
+                about = json.loads(content)
+                for each in about["config"].values():
+                    each["use_pickle"] = True
+                content = json.dumps(about)
+            if place == "constants" and name.endswith("constants_config.json"):
+                content = json.dumps({"config": {"x": dict(path_name="opaque_obj_0", is_param=False, use_pickle=True,
+                                                           tensor_meta=None)}})
+            if f"data/{place}/" in name and not name.endswith(".json"):
+                content = saved.getvalue()
+            changed.writestr(name, content)
+        root = name.split("/")[0]
+        if place == "constants":
+            changed.writestr(f"{root}/data/constants/opaque_obj_0", pickle.dumps(Payload(ran)))
+        if place == "aotinductor":
+            changed.writestr(f"{root}/data/aotinductor/model/model.so", b"")
+    samples = npz_of(pictures(12), tmp_path / "samples.npz")
+    message = refused(samples=samples, reference=samples, feature_net=path)
+    assert f"feature_net={path}" in message and not ran.exists()
+    assert ("harmful" if place in ("constants", "aotinductor") else "eights") in message
+    with pytest.raises((SystemExit, pickle.UnpicklingError)):
+        pretrained.FeatureDistance(str(path), process())
+    assert not ran.exists()
 
 
 def test_an_error_is_all_that_stands_on_stderr(tmp_path):

@@ -4,9 +4,14 @@ import hashlib
 import io
 import json
 import math
+import os
 import platform
 import re
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import lpips
@@ -16,7 +21,7 @@ import torch
 import configurator
 import pretrained
 import runtime
-from conftest import ROOT, python, run_script
+from conftest import ROOT, clean_environment, python, run_script
 
 SCRIPT = '''"""A script."""
 import os
@@ -65,7 +70,8 @@ def failure(call, *arguments):
 
 def test_files_override_the_script_and_the_command_line_overrides_files(configure, tmp_path):
     """In this order, wherever they stand on the line; the script's own globals change, since its code reads those."""
-    (tmp_path / "a.py").write_text('"""A comment."""\nsize = 1\nrate = 1\nname = "B"\n_private = 5\n')
+    (tmp_path / "a.py").write_text('"""A comment."""\nimport time\nimport os.path as place\nsize = 1\nrate = 1\n'
+                                   'name = "B"\n_private = 5\n')
     (tmp_path / "b.py").write_text("size = 2\non = True\n")
     defaults, _ = configure()
     assert defaults == {"size": 256, "rate": 1e-3, "name": "S", "pair": (0.9, 0.95), "on": False}
@@ -79,7 +85,7 @@ def test_files_override_the_script_and_the_command_line_overrides_files(configur
     ("--on=True", "on", True), ("--on=true", "on", True), ("--on=False", "on", False),
     ("--rate=1", "rate", 1.0), ("--rate=5e-4", "rate", 5e-4), ("--size=5e4", "size", 50000), ("--size=64", "size", 64),
     ("--name='B'", "name", "B"), ('--name="B"', "name", "B"), ("--name=128/4/4", "name", "128/4/4"),
-    ("--name=", "name", ""),
+    ("--name=", "name", ""), ("--name=~/a", "name", str(Path.home() / "a")),
     ("--name=7", "name", "7"), ("--name=out/a=b", "name", "out/a=b"), ("--pair=(0.5, 1)", "pair", (0.5, 1)),
 ])
 def test_values_as_a_person_types_them(configure, argument, name, value):
@@ -107,7 +113,8 @@ def test_a_wrong_argument_is_one_line_that_names_it(configure, argument, words):
 
 
 @pytest.mark.parametrize("line, word", [("rate = float('nan')", "rate"), ("sise = 3", "size"), ("size = 2.5", "size"),
-                                        ("size = -4", "size"), ("pair = [0.5, 1]", "pair"), ("name = 3", "name"),
+                                        ("size = -4", "size"), ("helper = 3", "_helper"), ("pair = [0.5, 1]", "pair"),
+                                        ("name = 3", "name"),
                                         ("name = True", "name"), ("size = = 3", "SyntaxError"),
                                         ("size = sise", "sise")])
 def test_a_wrong_line_in_a_config_file_is_named_with_the_file(configure, tmp_path, line, word):
@@ -152,6 +159,52 @@ def test_only_the_first_process_speaks(monkeypatch):
         runtime.fail("out_dir is wrong")
     assert error.value.code == 1
     runtime.check(True, "no error")
+
+
+def test_what_makes_a_run_save_and_end():
+    """SIGTERM, Slurm's warning and the first Ctrl-C; a second one ends it at once. What saves nothing ends as usual."""
+    dist = runtime.Distributed("cpu", "float32")
+    for number in signal.SIGTERM, signal.SIGUSR1, signal.SIGINT:
+        dist.stop = False
+        signal.raise_signal(number)
+        assert dist.stop
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    runtime.Distributed("cpu", "float32", saves=False)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def last_words(result):
+    """The last line of a failed run under torchrun that is not one of its rules."""
+    assert result.returncode == 1 and result.stderr.count("exitcode  :") == 1, result.stderr
+    return [line for line in result.stderr.splitlines() if line.strip("=")][-1].removeprefix("  traceback : ")
+
+
+def test_a_failure_under_torchrun_ends_with_its_line():
+    """torchrun's report comes last, and its own last line is ours; the other processes are not in it. The paper's run
+    where there is no ImageNet says what to put there."""
+    result = run_script("train_tokenizer.py", "--patch_size=8", nproc=2, ok=False)
+    line, = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert last_words(result) == line and "data_dir=imagenet" in line and "--data_dir=shapes" in line
+
+
+def test_an_exception_under_torchrun_is_the_only_one(tmp_path):
+    """One process fails, the other one's connection breaks: that is not what one wants to read."""
+    (tmp_path / "script.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import runtime, torch
+dist = runtime.Distributed("cpu", "float32")
+for step in range(1000):
+    if (step, dist.rank) == (3, 1):
+        raise ValueError("on this process alone")
+    dist.sum(torch.ones(1))
+""")
+    result = run_script(tmp_path / "script.py", nproc=2, ok=False)
+    assert "exitcode  : 1" in result.stderr and "onnection" not in result.stderr
+    assert [line for line in result.stderr.splitlines() if line.strip("=")][-1].endswith(
+        "ValueError: on this process alone")
 
 
 @pytest.mark.parametrize("arguments, name", [(("abacus",), "device='abacus'"), (("cpu", "float8"), "dtype='float8'")])
@@ -252,6 +305,19 @@ def test_a_missing_or_damaged_checkpoint_is_one_line(tmp_path):
     assert f"out_dir={path}" in failure(runtime.load_checkpoint, path, "out_dir")
 
 
+@pytest.mark.parametrize("where", [0.2, 0.5, 0.8])
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(tmp_path, where):
+    """Among its weights, where nothing else would tell."""
+    path = tmp_path / "checkpoint.pt"
+    runtime.save_checkpoint(path, {"w": torch.randn(100000), "step": 3})
+    assert runtime.load_checkpoint(path, "out_dir")["step"] == 3
+    content = bytearray(path.read_bytes())
+    content[int(where * len(content))] ^= 4
+    path.write_bytes(content)
+    message = failure(runtime.load_checkpoint, path, "out_dir")
+    assert f"out_dir={path}" in message and "damaged" in message and "checksum" in message
+
+
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     """A file stands in its place, or in its way. One that is there already is taken as it is."""
     runtime.make_folder(tmp_path / "a" / "b")
@@ -259,6 +325,32 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").touch()
     for path in tmp_path / "file", tmp_path / "file" / "b":
         assert f"out_dir={path}" in failure(runtime.make_folder, path)
+
+
+LOCK = """import os, time, runtime
+dist = runtime.Distributed("cpu", "float32")
+runtime.make_folder({out!r}, dist)
+if os.fork():
+    print(os.getpid(), flush=True)
+time.sleep(60)  # so does a loading worker"""
+
+
+def test_a_folder_belongs_to_one_run_at_a_time(tmp_path):
+    """The second one says whose it is. When the first ends, were it by kill -9 and were its workers still there, the
+    folder is free."""
+    out = tmp_path / "out"
+    first = subprocess.Popen([sys.executable, "-c", LOCK.format(out=str(out))], cwd=ROOT, env=clean_environment(),
+                             stdout=subprocess.PIPE, text=True, start_new_session=True)
+    pid = [first.stdout.readline() for _ in range(2)][1].strip()
+    dist = runtime.Distributed("cpu", "float32")
+    try:
+        message = failure(runtime.make_folder, out, dist)
+        assert f"out_dir={out} is in use by process {pid} on {platform.node()}" in message
+        first.kill()
+        first.wait()
+        runtime.make_folder(out, runtime.Distributed("cpu", "float32"))
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
 
 
 def test_only_free_constants_may_change_on_resume():
@@ -292,6 +384,22 @@ def test_log_survives_a_half_written_last_line(tmp_path):
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     runtime.Log(path, 1).write(step=2, loss=1.0)
     assert [json.loads(line)["loss"] for line in path.read_text().splitlines()] == [2.0, 1.0]
+
+
+@pytest.mark.parametrize("line", [b"{}", b"[]", b"7", b"\xff\xfe", b'{"step": "x"}', b'{"step": 2}{"step": 3}'])
+def test_log_goes_on_after_lines_that_can_not_be_read(tmp_path, capsys, line, monkeypatch):
+    """They are left out and counted. And what is there is not written over in place: the disk may be full."""
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 2}')
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: exec("raise OSError('No space left on device')"))
+        with pytest.raises(OSError):
+            runtime.Log(path, 2)
+    assert path.read_bytes() == before
+    runtime.Log(path, 2).write(step=3)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+    assert capsys.readouterr().out.endswith("left out: 1\n")
 
 
 def test_log_keeps_six_digits_of_small_numbers(tmp_path):
@@ -338,7 +446,7 @@ def test_a_loss_that_is_not_finite_is_named(tmp_path, value):
         if progress.step == 7:
             progress.report(lr=0.1)
     message = failure(progress.report, 0.1)
-    assert all(word in message for word in ("step 9", "mim", str(tmp_path / "checkpoint.pt"), "learning_rate"))
+    assert all(word in message for word in ("step 9", "mim", str(tmp_path / "checkpoint.pt"), "learning_rate", "damaged"))
     line, = map(json.loads, (tmp_path / "log.jsonl").read_text().splitlines())
     assert (line["step"], line["l1"], line["mim"], line["lr"]) == (7, 1.0, 3.0, 0.1) and progress.bar.disable
     assert "l1" not in message

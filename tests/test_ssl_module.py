@@ -14,7 +14,7 @@ from conftest import ROOT, python
 def tls_names():
     """All names of Python's own module, from a process that ignores the folder it runs in."""
     names = python("-I", "-c", "import ssl; print(ssl.__file__, *vars(ssl))").stdout.split()
-    assert names[0] != ssl.__file__ and {"SSLContext", "create_default_context", "SSLWantReadError"} <= set(names)
+    assert names[0] != str(ROOT / "ssl.py") and {"SSLContext", "create_default_context", "SSLWantReadError"} <= set(names)
     return set(names[1:])
 
 
@@ -30,7 +30,7 @@ def bare(tmp_path_factory):
 
 def test_import_ssl_finds_ours_and_it_is_also_python_s(tls_names):
     """Every name of the TLS module is there, so no library can miss one."""
-    assert ssl.__file__ == str(ROOT / "ssl.py")
+    assert python("-c", "import ssl; print(ssl.__file__)").stdout.strip() == str(ROOT / "ssl.py")
     assert not tls_names - set(vars(ssl))
     assert "iBOT" in ssl.__doc__, "help(ssl) tells what this file is"
 
@@ -61,6 +61,25 @@ def test_tls_works_from_the_project_folder_before_and_after_torch():
            + "import torch\nassert ssl.IBOTLoss(4, 'cpu').centers['cls'].shape == (4,)\n" + use)
     python("-c", "import torch\nimport ssl\n" + use + "assert ssl.IBOTLoss(4, 'cpu').centers['patch'].sum() == 0\n"
            + "import asyncio, torch.hub\nasyncio.run(asyncio.sleep(0))")
+
+
+@pytest.mark.parametrize("script", ["train_tokenizer", "bench"])
+def test_python_s_own_may_have_come_first(script):
+    """A debugger, Jupyter, a plugin or a .pth file imports it before a script's folder is on the path. The scripts find
+    ours all the same, and those who hold the TLS module still hold the one that all others get."""
+    python("-I", "-c", f"""
+import sys, ssl
+own, context = ssl.SSLContext, ssl.create_default_context()
+sys.path.insert(0, {str(ROOT)!r})
+import {script}
+assert {script}.ssl is ssl is sys.modules["ssl"] and ssl.METHODS["ibot"] and ssl.IBOTLoss.__module__ == "ssl"
+assert "iBOT" in ssl.__doc__ and ssl.SSLContext is own and isinstance(context, ssl.SSLContext)
+incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+try:
+    ssl.create_default_context().wrap_bio(incoming, outgoing, server_hostname="example.org").do_handshake()
+except ssl.SSLWantReadError:
+    assert b"example.org" in outgoing.read()
+""")
 
 
 def test_pip_and_asyncio_work_where_torch_and_numpy_are_not_installed(bare):

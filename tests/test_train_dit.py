@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -216,7 +217,8 @@ def test_the_cache_stands_in_out_dir_unless_it_is_told_otherwise(base, train, tm
     """With the same content."""
     train(cache="", epochs=1, decay_epoch=1)
     assert (tmp_path / "latents.cache").read_bytes() == (base / "latents.cache").read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {"latents.cache", "checkpoint.pt", "log.jsonl", "samples.png"}
+    made = {path.name for path in tmp_path.glob("[!.]*")}
+    assert made == {"latents.cache", "checkpoint.pt", "log.jsonl", "samples.png"}
 
 
 def test_training_gets_the_right_label_with_every_latent(base, train, steps_seen, monkeypatch):
@@ -345,6 +347,30 @@ def test_an_image_that_can_not_be_decoded_is_named_and_left_out(base, folder, tr
             assert torch.equal(step["labels"], first["labels"]) and torch.equal(step["noise"], first["noise"])
             torch.testing.assert_close(step["z"], first["z"], rtol=2e-3, atol=2e-3)
     assert checkpoint(tmp_path / "run")["classes"] == ["class 0", "class 1"]
+    shutil.copy(broken.with_name("08.png"), broken)  # it may have been out of reach for a minute only
+    train(**same, out_dir=tmp_path / "other")
+    assert (open_cache(tmp_path / "folder.cache", 40)[0] == 1).all()
+
+
+def test_a_cache_is_filled_by_one_run_at_a_time(base, train, tmp_path):
+    """Others may read it together once it is whole."""
+    whole = Path(shutil.copy(base / "latents.cache", tmp_path / "whole.cache"))
+    locks = [str(tmp_path / f".{name}.cache.lock") for name in ("new", "whole")]
+    other = subprocess.Popen([sys.executable, "-c", f"""
+import runtime, time
+dist = runtime.Distributed("cpu", "float32")
+for lock in {locks}:
+    dist.lock(lock, "this")
+print("locked", flush=True)
+time.sleep(100)
+"""], cwd=ROOT, env=clean_environment(), stdout=subprocess.PIPE, text=True)
+    try:
+        assert [other.stdout.readline() for _ in range(2)][1] == "locked\n"
+        message = failure(train, cache=tmp_path / "new.cache", out_dir=tmp_path / "run")
+        assert f"cache: {tmp_path / 'new.cache'} is in use by process {other.pid} on " in message
+        train(cache=whole, epochs=1, decay_epoch=1, out_dir=tmp_path / "other")
+    finally:
+        other.kill()
 
 
 def test_a_folder_whose_classes_were_renamed_needs_another_cache(folder, train, tmp_path):
@@ -443,7 +469,7 @@ def test_a_run_leaves_what_it_promises(base):
     assert state["kind"] == "dit" and state["step"] == 40 and state["classes"] == data.Shapes.classes
     assert tuple(state["latent_shape"]) == SHAPE
     assert state["latents_of"] == runtime.latents_of(checkpoint(base / "tokenizer"))
-    assert {path.name for path in (base / "run").iterdir()} == {"checkpoint.pt", "log.jsonl", "samples.png"}
+    assert {path.name for path in (base / "run").glob("[!.]*")} == {"checkpoint.pt", "log.jsonl", "samples.png"}
 
 
 def test_the_loss_begins_at_two_and_falls(base):
@@ -708,7 +734,7 @@ def test_two_processes_draw_the_same_samples(base, samples, tmp_path):
                                             num_samples=23, batch_size=7)), nproc=2)
     images, labels = npz(tmp_path)
     assert_the_same_images(images, samples[0])
-    assert np.array_equal(labels, samples[1]) and [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
+    assert np.array_equal(labels, samples[1]) and [path.name for path in tmp_path.glob("[!.]*")] == ["samples.npz"]
 
 
 def test_a_sample_is_the_decoded_end_of_its_flow(base, samples):
@@ -756,7 +782,7 @@ def test_the_picture_shows_a_column_per_class(draw, monkeypatch):
     assert Image.open(folder / "samples.png").size >= (960, 768)
     draw(classes="7, 3", per_class=2)
     assert grids == [((80, 32, 32, 3), 10, data.Shapes.classes), ((4, 32, 32, 3), 2, ["star", "crescent"])]
-    assert [path.name for path in folder.iterdir()] == ["samples.png"]
+    assert [path.name for path in folder.glob("[!.]*")] == ["samples.png"]
 
 
 def test_sampling_that_is_stopped_goes_on_where_it_stopped(samples, draw, tmp_path, monkeypatch, capsys):
@@ -770,14 +796,14 @@ def test_sampling_that_is_stopped_goes_on_where_it_stopped(samples, draw, tmp_pa
     with monkeypatch.context() as patch:
         patch.setattr(sample, "draw", interrupted)
         draw(**same)
-    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["samples.part"]
+    assert [path.name for path in (tmp_path / "samples").glob("[!.]*")] == ["samples.part"]
     assert f"SIGTERM: {tmp_path / 'samples' / 'samples.part'}" in capsys.readouterr().out
     monkeypatch.setattr(sample, "draw", lambda dit, tcae, indices, *others:
                         (drawn.extend(indices), draw_batch(dit, tcae, indices, *others))[1])
     folder = draw(**same)
     assert drawn == list(range(7, 23))
     assert_the_same_images(npz(folder)[0], samples[0])
-    assert [path.name for path in folder.iterdir()] == ["samples.npz"]
+    assert [path.name for path in folder.glob("[!.]*")] == ["samples.npz"]
 
 
 def test_processes_that_are_done_wait_for_the_one_that_is_stopped(draw, tmp_path, monkeypatch):
@@ -838,7 +864,7 @@ def test_a_wrong_constant_of_training_is_one_line_that_names_it(train, tmp_path,
     """And says what it may be; nothing is written, and no hour is spent on encoding first."""
     message = failure(train, **{"cache": "", **changes}, out_dir=tmp_path / "out")
     assert all(word in message for word in words), message
-    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").glob("[!.]*"))
 
 
 @pytest.mark.parametrize("changes, words", [

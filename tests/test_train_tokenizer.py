@@ -1,6 +1,7 @@
 """Stage 1 end to end, with a network of a few thousand parameters: stopped, resumed, split, accumulated, refused."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -117,7 +118,7 @@ def test_a_run_leaves_what_it_promises(straight):
     assert Image.open(straight / "reconstructions.png").width >= 8 * 32
     state = checkpoint(straight)
     assert state["finished"] and state["step"] == 20 and state["constants"]["patch_size"] == 4
-    assert {path.name for path in straight.iterdir()} == {"checkpoint.pt", "log.jsonl", "reconstructions.png"}
+    assert {path.name for path in straight.glob("[!.]*")} == {"checkpoint.pt", "log.jsonl", "reconstructions.png"}
 
 
 @pytest.mark.filterwarnings("ignore:.*pretrained:UserWarning", "ignore:.*weight enum:UserWarning")
@@ -181,9 +182,30 @@ def test_latents_of_a_finished_run_are_normalised(straight):
 # Stopped and resumed
 
 
+@pytest.mark.parametrize("place, words", [
+    ("runtime.Progress.add", "ValueError: where it says"),
+    ("train_tokenizer.Views.__call__", "error: data_dir: 100 images in a row can't be used: .*Error: where it says")])
+def test_an_exception_ends_the_run_at_once(tmp_path, place, words):
+    """In the training process or in a loading worker. The workers, which ignore SIGTERM, must neither keep it for half
+    a minute nor have the last word."""
+    result = run_script("-c", f"""
+import os, sys, time, runtime, train_tokenizer
+
+def fail(*_):
+    print(time.time(), flush=True)
+    raise ValueError("where it says")
+
+{place} = fail
+sys.argv = ["train_tokenizer.py", *{arguments(workers=2, out_dir=tmp_path)!r}]
+train_tokenizer.main()
+""", ok=False)
+    assert time.time() - float(result.stdout.split()[-1]) < 5
+    assert re.fullmatch(words, result.stderr.splitlines()[-1]) and result.returncode == 1
+
+
 def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights(straight, tmp_path, here):
-    """SIGTERM midway saves and exits 0, though the loading worker gets it too, as from a scheduler. Resumed, with
-    other workers, every tensor is the same bit for bit. In between, starting again without resume and with another
+    """Ctrl-C midway saves and exits 0, though the loading worker gets it too, as from a terminal. Resumed, with other
+    workers, every tensor is the same bit for bit. In between, starting again without resume and with another
     constant are both refused and change nothing."""
     same = dict(epochs=2, freeze_prototypes_epochs=1, out_dir=tmp_path)
     process = subprocess.Popen([sys.executable, "train_tokenizer.py", *arguments(**same, workers=1)], cwd=ROOT,
@@ -192,7 +214,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights(straight, 
     path = tmp_path / "log.jsonl"
     while not (path.exists() and path.read_text().count("\n")) and process.poll() is None:
         time.sleep(0.002)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGINT)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "SIGTERM" in printed and str(tmp_path / "checkpoint.pt") in printed
     stopped = checkpoint(tmp_path)["step"]
