@@ -27,7 +27,7 @@ class Shapes:
         ramp = np.linspace(0, 1, big)[:, None] if rng.random() < 0.5 else np.linspace(0, 1, big)[None]
         background = corner_a + (corner_b - corner_a) * np.broadcast_to(ramp, (big, big))[:, :, None]
         image = Image.fromarray(background.round().astype(np.uint8))
-        radius = rng.uniform(0.22, 0.38)
+        radius = rng.uniform(0.3, 0.42)
         centre = rng.uniform(radius, 1 - radius, 2)
         stencil = draw_shape(self.classes[i % len(self.classes)], big, centre, radius, rng.uniform(0, 2 * math.pi))
         image.paste(tuple(colour), mask=stencil)

@@ -2,12 +2,12 @@
 tokenizer = "out/shapes_tokenizer/checkpoint.pt"
 out_dir = "out/shapes_dit"
 workers = 1
-size = "192/6/6"
-epochs = 5
+size = "128/6/4"
+epochs = 10
 batch_size = 64
 optimizer = "muon"
 learning_rate = 2e-3
-decay_epoch = 2.0
+decay_epoch = 4.0
 warmup_steps = 100
 ema_momentum = 0.995
 log_every = 50
