@@ -89,7 +89,7 @@ def load_exported(path, constant):
 class FeatureNet:
     """A network from a file of torch.export, in Inception's place, for images of `side` pixels."""
 
-    def __init__(self, path, side, device, batch):
+    def __init__(self, path, side, device, largest_batch):
         logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it would log a traceback
         try:
             exported = load_exported(path, "feature_net")
@@ -97,13 +97,13 @@ class FeatureNet:
                 from torch.export.passes import move_to_device_pass
                 exported = move_to_device_pass(exported, str(device))
             self.net = exported.module()
-            for batch in 1, batch:
+            for batch in 1, largest_batch:
                 features, logits = self.net(torch.zeros(batch, side, side, 3, dtype=torch.uint8, device=device))
                 (_, self.features), (_, self.classes) = features.shape, logits.shape
         except Exception as error:
-            fail(f"feature_net={path} must be a file of torch.export.save that takes uint8 (B, {side}, {side}, "
-                         "3) for any B and returns features (B, D) and logits (B, K): "
-                         + (str(error).strip() or type(error).__name__).splitlines()[0])
+            fail(f"feature_net={path} must be a file of torch.export.save that takes uint8 (B, {side}, {side}, 3) for "
+                 "any B and returns features (B, D) and logits (B, K): "
+                 + (str(error).strip() or type(error).__name__).splitlines()[0])
 
     def __call__(self, pixels):
         return self.net(pixels)
