@@ -26,7 +26,7 @@ from runtime import check
 
 data_dir = "cifar10"  # holds train/CLASS/ and test/CLASS/
 rows = "p4-none,p4-stc-none,p4,p4-stc"  # Table 2's; "all" = every row below
-seeds = (0, 1)
+seeds = (0, 1)  # of weights, order and noise; one alone is 0,
 tokenizer_config = "config/study_tokenizer.py"
 dit_config = "config/study_dit.py"
 feature_net = "out/cifar10_resnet.pt2"  # what FD and IS are measured with
