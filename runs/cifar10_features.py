@@ -137,7 +137,7 @@ def main():
     runtime.configure(globals())
     check(network in ("resnet", "vgg"), f"network={network!r}: it is resnet or vgg")
     path = out or f"out/cifar10_{network}.pt2"
-    dist = runtime.Distributed(device, dtype, seed)
+    dist = runtime.Distributed(device, dtype, seed, saves=False)
     runtime.make_folder(Path(path).parent)
     pixels, labels, classes = read("train")
     held_out, held_out_labels, _ = read("val")

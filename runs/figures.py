@@ -2,7 +2,7 @@
 
     python runs/figures.py --only=flow          # the encoder's token counts, drawn
     python runs/figures.py --only=study         # from docs/study/*.json: quality, structure loss, claim by claim
-    python runs/figures.py --only=colours       # from out/study: tokens and latents as colours, without and with SSL
+    python runs/figures.py --only=colours       # from out/study: the tokens as colours, without and with SSL
 """
 import os
 import sys
@@ -32,6 +32,7 @@ data_dir = "cifar10"  # for the colours
 seed = 0  # of the study, for the colours
 out_dir = "docs"
 
+TABLE_2 = {"p4-none": "neither", "p4-stc-none": "STC", "p4": "SSL", "p4-stc": "both"}  # of runs/study.py
 INK, GREY, BLUE, ORANGE, GREEN = "#222222", "#8a8a8a", "#2b6cb0", "#dd6b20", "#2f855a"
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.color": INK,
                      "axes.labelcolor": INK, "font.family": "DejaVu Sans"})
@@ -68,8 +69,8 @@ def flow():
             axes.plot([x, x + side], [y + side * k / lines] * 2, color=colour, lw=width, zorder=3)
             axes.plot([x + side * k / lines] * 2, [y, y + side], color=colour, lw=width, zorder=3)
 
-    def arrow(x0, x1, y, label="", below="", colour=INK):
-        axes.add_patch(FancyArrowPatch((x0, y), (x1, y), arrowstyle="-|>", mutation_scale=10, color=colour, lw=1.2))
+    def arrow(x0, x1, y, label, below):
+        axes.add_patch(FancyArrowPatch((x0, y), (x1, y), arrowstyle="-|>", mutation_scale=10, color=INK, lw=1.2))
         axes.text((x0 + x1) / 2, y + 0.9, label, ha="center", va="bottom", fontsize=7.5)
         axes.text((x0 + x1) / 2, y - 0.9, below, ha="center", va="top", fontsize=7, color=GREY)
 
@@ -90,7 +91,8 @@ def flow():
               fontsize=8)
     # [CLS] goes around the convolution
     for x in places["fine"], places["coarse"]:
-        axes.add_patch(FancyBboxPatch((x + side + 0.25, top - 2.7), 0.9, 0.9, boxstyle="square,pad=0.1", fc=BLUE, ec="none"))
+        axes.add_patch(FancyBboxPatch((x + side + 0.25, top - 2.7), 0.9, 0.9, boxstyle="square,pad=0.1", fc=BLUE,
+                                      ec="none"))
     axes.annotate("", (places["coarse"] + side + 0.1, top - 2.3), (places["fine"] + side + 1.5, top - 2.3),
                   arrowprops=dict(arrowstyle="-|>", color=BLUE, lw=1))
     axes.text(50, top - 2.9, "[CLS] goes around the convolution", color=BLUE, fontsize=7, ha="center", va="top")
@@ -116,19 +118,17 @@ def flow():
 
 def study_figure():
     """study.png: PSNR, gFD and structure loss of Table 2's rows, a dot for each seed, the paper's numbers beside them."""
-    rows = ["p4-none", "p4-stc-none", "p4", "p4-stc"]
-    names = ["neither", "STC", "SSL", "both"]
     columns = [("PSNR", "PSNR, dB ↑", (25.13, 25.72, 24.84, 24.21)),
                ("structure loss", "structure loss ↓", None),
                ("gFD", "gFD ↓", (44.72, 32.92, 25.36, 16.39))]
     figure, panels = plt.subplots(1, 3, figsize=(9, 2.5))
     for axes, (column, label, paper) in zip(panels, columns):
-        for k, row in enumerate(rows):
+        for k, row in enumerate(TABLE_2):
             values = [value for s in study.seeds if (value := study.measured(row, s, column)) is not None]
             axes.plot([k] * len(values), values, "o", color=(GREY, BLUE, ORANGE, GREEN)[k], ms=6)
             if values:
                 axes.plot([k - 0.25, k + 0.25], [np.mean(values)] * 2, color=(GREY, BLUE, ORANGE, GREEN)[k], lw=2)
-        axes.set_xticks(range(4), [f"{name}\n({paper[k]:g})" if paper else name for k, name in enumerate(names)])
+        axes.set_xticks(range(4), [f"{name}\n({paper[k]:g})" if paper else name for k, name in enumerate(TABLE_2.values())])
         axes.set_title(label, fontsize=9.5)
         axes.margins(x=0.15, y=0.25)
     figure.text(0.5, -0.04, "CIFAR-10, 64 tokens for 4 latent positions; below each row in brackets the paper's number "
@@ -139,9 +139,8 @@ def study_figure():
 
 @torch.no_grad()
 def colours():
-    """study_colours.png: three principal components of the encoder's tokens and of the latents, as red, green, blue."""
-    rows = [("p4-none", "neither"), ("p4-stc-none", "STC"), ("p4", "SSL"), ("p4-stc", "both")]
-    rows = [(path, name) for row, name in rows
+    """study_colours.png: three principal components of the encoder's tokens, as red, green, blue."""
+    rows = [(path, name) for row, name in TABLE_2.items()
             if (path := Path(study_dir, f"{row}-seed{seed}", "tokenizer", "checkpoint.pt")).exists()]
     check(rows, f"study_dir={study_dir}: no row has a tokenizer yet; run runs/study.py first")
     source = data.open_split(data_dir, "val", 32, 0)
