@@ -106,8 +106,8 @@ def flow():
     arrow(85, 62, low, "MLP + pixel shuffle, 6 blocks", "the encoder\nbackwards")
     arrow(52, 37, low, "convolutions, 6 blocks", "Sec. 3.5")
     arrow(27, 12, low, "linear head", "L1 and LPIPS,\nEq. 5, 6")
-    axes.text(turn - 0.8, (middle + low) / 2 - 4.6, "LightningDiT draws z from\nnoise and a class (stage 2)", fontsize=7.5,
-              ha="right", va="center", color=GREEN)
+    axes.text(turn - 0.8, (middle + low) / 2 - 4.6, "LightningDiT draws z from\nnoise and a class (stage 2)",
+              fontsize=7.5, ha="right", va="center", color=GREEN)
     axes.plot([turn], [(middle + low) / 2 - 4.6], "o", color=GREEN, ms=6)
     save(figure, "flow.png")
 
@@ -117,7 +117,7 @@ def flow():
 
 
 def study_figure():
-    """study.png: PSNR, gFD and structure loss of Table 2's rows, a dot for each seed, the paper's numbers beside them."""
+    """study.png: PSNR, structure loss and gFD of Table 2's rows, a dot for each seed, with the paper's numbers."""
     columns = [("PSNR", "PSNR, dB ↑", (25.13, 25.72, 24.84, 24.21)),
                ("structure loss", "structure loss ↓", None),
                ("gFD", "gFD ↓", (44.72, 32.92, 25.36, 16.39))]
@@ -128,7 +128,8 @@ def study_figure():
             axes.plot([k] * len(values), values, "o", color=(GREY, BLUE, ORANGE, GREEN)[k], ms=6)
             if values:
                 axes.plot([k - 0.25, k + 0.25], [np.mean(values)] * 2, color=(GREY, BLUE, ORANGE, GREEN)[k], lw=2)
-        axes.set_xticks(range(4), [f"{name}\n({paper[k]:g})" if paper else name for k, name in enumerate(TABLE_2.values())])
+        axes.set_xticks(range(4), [f"{name}\n({paper[k]:g})" if paper else name
+                                   for k, name in enumerate(TABLE_2.values())])
         axes.set_title(label, fontsize=9.5)
         axes.margins(x=0.15, y=0.25)
     figure.text(0.5, -0.04, "CIFAR-10, 64 tokens for 4 latent positions; below each row in brackets the paper's number "
