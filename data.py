@@ -1,6 +1,5 @@
-"""Images in: a folder per class or the built-in shapes (shapes.py), and the two loaders that read them.
+"""Images in, from folders (folders.py) or the built-in shapes (shapes.py), and the two loaders that read them.
 
-    ImageFolder                a source: len(), classes, labels, load(i) -> a PIL image in RGB, name(i), constant
     open_split, open_splits    the training and the validation images of `data_dir`
     center_crop, resize, random_crop, to_float, to_uint8, psnr, save_grid    from image to tensor and back
     TrainLoader                training batches that can be resumed, the same for any number of processes
@@ -8,12 +7,10 @@
     validate                   PSNR and a picture of reconstructions
     Store                      an array on disk that many processes fill
 """
-import hashlib
 import json
 import math
 import os
 import time
-import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -22,71 +19,21 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.utils.data import default_collate
 
-from runtime import HIDDEN, Stopped, bar, check, fail, files_below, ignore_signals
+from folders import ImageFolder, find_split
+from runtime import Stopped, bar, check, fail, ignore_signals
 from shapes import Shapes
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp"}
 BAD_SHARE = 0.01  # a run ends if more than this share of its images can't be used
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sources
 
 
-class ImageFolder:
-    """All images (JPEG, PNG, WebP) below `root`, sorted by path. Its subfolders are the classes, in alphabetical order
-    as in ImageNet; by_class=False makes all images one class. constant: the script's constant that named the folder."""
-
-    def __init__(self, root, constant="data_dir", by_class=True):
-        self.root, self.constant, self.paths, self.labels = root, constant, [], []
-        folders = {unicodedata.normalize("NFC", entry.name): entry for entry in os.scandir(root)  # é has two forms
-                   if entry.is_dir() and not entry.name.startswith(HIDDEN)} if by_class else {"": root}
-        check(folders, f"{constant}: {root} has no subfolders; it must hold one folder of images per class")
-        self.classes, others = sorted(folders), []
-        for label, name in enumerate(self.classes):
-            files = sorted(files_below(folders[name]))
-            found = [path for path in files if Path(path).suffix.lower() in EXTENSIONS]
-            check(found, f"{constant}: the folder {Path(root, name)} holds no images ({', '.join(sorted(EXTENSIONS))})")
-            self.paths += found
-            self.labels += [label] * len(found)
-            others += [Path(path).suffix.lower() or "others" for path in set(files) - set(found)]
-        if others and os.environ.get("RANK", "0") == "0":
-            print(f"{constant}: left out of {root}:", ", ".join(f"{others.count(k)} {k}" for k in sorted({*others})))
-
-    def __len__(self):
-        return len(self.paths)
-
-    def load(self, i, short_side=0):
-        """Image i in RGB; raises if it can't be decoded. With `short_side`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its
-        size if its short side keeps that many pixels, which is much faster."""
-        image = Image.open(self.paths[i])
-        if short_side:
-            image.draft(None, (short_side, short_side))
-        return to_rgb(image)
-
-    def name(self, i):
-        return self.paths[i]
-
-    def fingerprint(self):
-        """A hash of the paths below the root, in order: it changes when files are added, removed or renamed."""
-        names = "\n".join(os.path.relpath(path, self.root) for path in self.paths)
-        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
-
-
-def to_rgb(image):
-    """Grey, 16-bit grey, CMYK, palette and alpha images -> RGB; transparent pixels become white."""
-    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip at 255 instead of scaling
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
 def open_split(data_dir, split, image_size, shapes_images):
     """The "train" or "val" images of a data folder or of the built-in shapes.
 
-    data_dir: "shapes", or a folder with train/CLASS/… and val/CLASS/… (or test/CLASS/…). shapes_images: how many
-    shapes to train on; a tenth as many, at least 500, are for validation.
+    data_dir: "shapes", or a folder with train/CLASS/… and val/CLASS/… (or test/CLASS/…), or as folders.py says.
+    shapes_images: how many shapes to train on; a tenth as many, at least 500, are for validation.
     """
     if data_dir == "shapes":
         count = shapes_images if split == "train" else max(500, shapes_images // 10)
@@ -94,10 +41,10 @@ def open_split(data_dir, split, image_size, shapes_images):
     check(Path(data_dir).is_dir(), f"data_dir={data_dir}: there is no such folder. It must hold train/CLASS/ and "
                                    "val/CLASS/ with images, or be a link to them; --data_dir=shapes: built-in images")
     names = ("train",) if split == "train" else ("val", "test")
-    found = [Path(data_dir, name) for name in names if Path(data_dir, name).is_dir()]
-    check(found, f"data_dir={data_dir} has no folder {' or '.join(f'{name}/' for name in names)} "
-                 "(it needs train/CLASS/… and val/CLASS/… or test/CLASS/…)")
-    return ImageFolder(found[0])
+    folder = find_split(data_dir, names)
+    check(folder, f"data_dir={data_dir} has no folder {' or '.join(f'{name}/' for name in names)} "
+                  "(it needs train/CLASS/… and val/CLASS/… or test/CLASS/…)")
+    return ImageFolder(folder)
 
 
 def open_splits(data_dir, image_size, shapes_images, batch_size=1, resumed=None):
@@ -105,8 +52,9 @@ def open_splits(data_dir, image_size, shapes_images, batch_size=1, resumed=None)
     from the checkpoint `resumed` must find as many as it began with."""
     train, val = (open_split(data_dir, split, image_size, shapes_images) for split in ("train", "val"))
     odd = sorted(set(train.classes) ^ set(val.classes))
-    check(not odd, "data_dir: the training and the validation images must have the same class folders, but only one of "
-                   f"them has {', '.join(odd[:5])}" + (f" and {len(odd) - 5} more" if len(odd) > 5 else ""))
+    check(not odd, "data_dir: the training and the validation images must have the same classes, but only one of them "
+                   f"has {', '.join(name or 'no classes (a flat val/ needs a table: folders.py)' for name in odd[:5])}"
+                   + (f" and {len(odd) - 5} more" if len(odd) > 5 else ""))
     check(batch_size <= len(train), f"batch_size={batch_size} is more than the {len(train)} training images")
     check(not resumed or resumed["images"] == len(train), f"data_dir={data_dir} has {len(train)} training images; the "
           f"run to resume began with {resumed and resumed['images']}")

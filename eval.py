@@ -319,7 +319,8 @@ def probes(train, val, dist):
     width = tokens.shape[1] // 2  # the first half is the tokens', the second [CLS]'s
 
     def accuracy(x, val_x):
-        return probe(x, labels, val_x, val_labels, train.classes, dist) if x.shape[1] else None
+        can = x.shape[1] and train.classes > 1
+        return probe(x, labels, val_x, val_labels, train.classes, dist) if can else None
 
     r_tok, r_lat = accuracy(tokens[:, :width], val_tokens[:, :width]), accuracy(latents, val_latents)
     return {"probe on tokens": r_tok, "probe on [CLS] and tokens": accuracy(tokens, val_tokens),
@@ -412,6 +413,8 @@ def evaluate_tokenizer(dist):
         with dist.autocast():
             of_train.add(*tcae.encode(data.to_float(pixels, dist.device), with_tokens=True), indices)
 
+    if of_train.classes == 1:
+        dist.print(f"no probes: {where} has no class folders to tell apart")
     count, results = pairs.results(dist)
     if pca:
         values = int(np.prod(tcae.latent_shape))

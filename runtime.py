@@ -1,7 +1,7 @@
 """What every script needs to start, log, stop and resume. Nothing here is about images.
 
     Distributed            this process among the others: device, precision, sums over all of them, SIGTERM
-    open_run, check_training, make_folder, files_below    the start of a training script; what is in a folder
+    open_run, check_training, make_folder    the start of a training script
     save_checkpoint, load_checkpoint, check_resumable, header, fingerprint, latents_of
     Log, Progress, bar     log.jsonl, and what a terminal or a batch job's log shows
     cosine, update_ema     the schedule of learning rate and teacher momentum; moving averages of weights
@@ -31,7 +31,6 @@ HERE = Path(__file__).parent
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # torch.load unpickles nothing, whichever library calls it
 if not hasattr(ssl, "IBOTLoss"):  # a debugger, Jupyter or a plugin had imported Python's own: ours becomes a part of it
     importlib.util.spec_from_file_location("ssl", HERE / "ssl.py").loader.exec_module(ssl)
-HIDDEN = ".", "@eaDir", "__MACOSX"  # how names begin that a Mac or a file server adds
 
 
 class Stopped(Exception):
@@ -231,15 +230,6 @@ def make_folder(out_dir, dist=None):
             dist.lock(os.path.join(out_dir, ".lock"), f"out_dir={out_dir}")
     except OSError as error:
         fail(f"out_dir={out_dir} can't be written to: {error.strerror}", everywhere=False)
-
-
-def files_below(root, parents=()):
-    """Paths of all regular files below `root`. Links are followed, except in a circle; HIDDEN names are left out."""
-    for entry in os.scandir(root):
-        if entry.is_file() and not entry.name.startswith(HIDDEN):
-            yield entry.path
-        elif entry.is_dir() and not entry.name.startswith(HIDDEN) and os.path.realpath(entry) not in parents:
-            yield from files_below(entry.path, (*parents, os.path.realpath(entry)))
 
 
 def save_checkpoint(path, state):

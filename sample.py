@@ -67,6 +67,8 @@ def main():
     for name in chosen:
         check(name.isdecimal() and int(name) < len(names),
               f"classes={classes}: {name!r} is not a class, 0 to {len(names) - 1}")
+    if len(names) == 1 and cfg_scale != 1:
+        dist.print(f"cfg_scale={cfg_scale}: the generator knows one class, so guidance has nothing to push towards")
     labels = np.resize([int(name) for name in chosen], num_samples or per_class * len(chosen))  # in turn, repeated
 
     # All processes fill one file, which outlives them, so that a stopped run can continue.

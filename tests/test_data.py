@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.io
 import skimage.data
 import torch
 import torchvision.transforms.functional as torchvision
@@ -247,6 +248,46 @@ def test_what_a_folder_holds(folder, capsys):
     (folder / "val" / "cat").rename(folder / "val" / unicodedata.normalize("NFD", "café"))
     (folder / "val" / "eel").symlink_to(elsewhere)
     assert data.open_splits(folder, 32, 0)[1].classes == [unicodedata.normalize("NFC", "café"), "dog", "eel"]
+
+
+@pytest.mark.parametrize("table", ["Kaggle's", "the development kit's", "none"])
+def test_imagenet_as_kaggle_packs_it(tmp_path, table):
+    """Its val/ is flat; whichever table lies beside it says the classes, and without one nothing is guessed."""
+    inside = tmp_path / "ILSVRC" / "Data" / "CLS-LOC"
+    (inside / "val").mkdir(parents=True)
+    wanted = {1: "n02", 2: "n01", 3: "n02"}
+    for k, name in wanted.items():
+        photo(8, 8).save(inside / "val" / f"ILSVRC2012_val_{k:08}.JPEG")
+        (inside / "train" / name).mkdir(parents=True, exist_ok=True)
+        photo(8, 8).save(inside / "train" / name / f"{name}_{k}.JPEG")
+    if table == "Kaggle's":
+        rows = [f"ILSVRC2012_val_{k:08},{name} 85 1 499 272" for k, name in sorted(wanted.items(), reverse=True)]
+        (tmp_path / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *rows]) + "\n")
+    elif table == "none":
+        assert "a flat val/ needs a table" in failure(data.open_splits, tmp_path, 32, 0)
+        return
+    else:
+        kit = tmp_path / "ILSVRC2012_devkit_t12" / "data"
+        kit.mkdir(parents=True)
+        synsets = np.array([(7, "n02", "cat"), (9, "n01", "dog"), (1001, "n00", "animal")],
+                           [("ILSVRC2012_ID", object), ("WNID", object), ("words", object)])
+        scipy.io.savemat(kit / "meta.mat", {"synsets": synsets})
+        (kit / "ILSVRC2012_validation_ground_truth.txt").write_text("7\n9\n7\n")
+    for root in tmp_path, inside:  # the archive's folder, or the one that holds train/ and val/
+        train, val = data.open_splits(root, 32, 0)
+        assert train.classes == val.classes == ["n01", "n02"]
+        assert [val.classes[label] for label in val.labels] == list(wanted.values())
+    photo(8, 8).save(inside / "val" / "other.JPEG")
+    assert "has no class for" in failure(data.open_splits, tmp_path, 32, 0)
+
+
+def test_images_without_classes_are_one_class(tmp_path):
+    for split, count in ("train", 3), ("val", 2):
+        (tmp_path / split).mkdir()
+        for k in range(count):
+            photo(8, 8).save(tmp_path / split / f"{k}.png")
+    train, val = data.open_splits(tmp_path, 32, 0)
+    assert train.classes == val.classes == [""] and train.labels == [0, 0, 0] and val.labels == [0, 0]
 
 
 def test_validation_images_may_stand_in_val_or_test(folder):

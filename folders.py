@@ -1,0 +1,114 @@
+"""Folders of images, as people have them: a folder for each class, one for all, or ImageNet as Kaggle packs it.
+
+    ImageFolder     a source: len(), classes, labels, load(i) -> a PIL image in RGB, name(i), constant, fingerprint()
+    find_split      data_dir/train/, or data_dir/ILSVRC/Data/CLS-LOC/train/
+    flat_classes    the classes of ImageNet's flat val/, from the table or the development kit that comes with it
+    files_below     what is in a folder
+"""
+import csv
+import hashlib
+import os
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from runtime import check
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp"}
+HIDDEN = ".", "@eaDir", "__MACOSX"  # how names begin that a Mac or a file server adds
+KAGGLE = "ILSVRC/Data/CLS-LOC"  # where Kaggle's archive has train/ and val/
+TABLE = "LOC_val_solution.csv"  # Kaggle's, beside ILSVRC/: ILSVRC2012_val_00000001,n03995372 85 1 499 272
+KIT = "ILSVRC2012_devkit_t12/data"  # ILSVRC's own: class numbers in the order of the files, and what they stand for
+
+
+class ImageFolder:
+    """All images (JPEG, PNG, WebP) below `root`, sorted by path. Its subfolders are the classes, in alphabetical order
+    as in ImageNet. Without subfolders `flat_classes` tells them; with by_class=False there is only one, "".
+    constant: the script's constant that named the folder."""
+
+    def __init__(self, root, constant="data_dir", by_class=True):
+        self.root, self.constant, self.paths, self.labels = root, constant, [], []
+        folders = {unicodedata.normalize("NFC", entry.name): entry for entry in os.scandir(root)  # é has two forms
+                   if entry.is_dir() and not entry.name.startswith(HIDDEN)} if by_class else {}
+        folders = folders or {"": root}
+        self.classes, others = sorted(folders), []
+        for label, name in enumerate(self.classes):
+            files = sorted(files_below(folders[name]))
+            found = [path for path in files if Path(path).suffix.lower() in EXTENSIONS]
+            check(found, f"{constant}: the folder {Path(root, name)} holds no images ({', '.join(sorted(EXTENSIONS))})")
+            self.paths += found
+            self.labels += [label] * len(found)
+            others += [Path(path).suffix.lower() or "others" for path in set(files) - set(found)]
+        if by_class and self.classes == [""]:
+            self.classes, self.labels = flat_classes(root, self.paths)
+        if others and os.environ.get("RANK", "0") == "0":
+            print(f"{constant}: left out of {root}:", ", ".join(f"{others.count(k)} {k}" for k in sorted({*others})))
+
+    def __len__(self):
+        return len(self.paths)
+
+    def load(self, i, short_side=0):
+        """Image i in RGB; raises if it can't be decoded. With `short_side`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its
+        size if its short side keeps that many pixels, which is much faster."""
+        image = Image.open(self.paths[i])
+        if short_side:
+            image.draft(None, (short_side, short_side))
+        return to_rgb(image)
+
+    def name(self, i):
+        return self.paths[i]
+
+    def fingerprint(self):
+        """A hash of the paths below the root, in order: it changes when files are added, removed or renamed."""
+        names = "\n".join(os.path.relpath(path, self.root) for path in self.paths)
+        return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def to_rgb(image):
+    """Grey, 16-bit grey, CMYK, palette and alpha images -> RGB; transparent pixels become white."""
+    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip at 255 instead of scaling
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def find_split(data_dir, names):
+    """The first folder of those `names`, as ("val", "test"), in data_dir or where Kaggle puts it; None without one."""
+    folders = [Path(data_dir, part, name) for part in ("", KAGGLE) for name in names]
+    return next((folder for folder in folders if folder.is_dir()), None)
+
+
+def flat_classes(folder, paths):
+    """Class names and each image's label, of a folder without class folders. They come from the table or the kit that
+    lies beside it or up to three levels above; without either all images are of one class, ""."""
+    class_of = {}
+    for place in Path(folder).absolute().parents[:4]:
+        if (place / TABLE).is_file():
+            with open(place / TABLE, encoding="utf-8", newline="") as file:
+                class_of = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
+        elif (place / KIT).is_dir():
+            from scipy.io import loadmat
+            synsets = loadmat(place / KIT / "meta.mat", squeeze_me=True)["synsets"]
+            wordnet_id = dict(zip(synsets["ILSVRC2012_ID"].tolist(), synsets["WNID"].tolist()))
+            numbers = (place / KIT / "ILSVRC2012_validation_ground_truth.txt").read_text().split()
+            class_of = {f"ILSVRC2012_val_{k:08}": wordnet_id[int(number)] for k, number in enumerate(numbers, 1)}
+        if class_of:
+            unknown = next((path for path in paths if Path(path).stem not in class_of), None)
+            check(not unknown, f"data_dir: {place} has no class for {unknown}")
+            classes = sorted(set(class_of.values()))
+            label_of = {name: label for label, name in enumerate(classes)}
+            return classes, [label_of[class_of[Path(path).stem]] for path in paths]
+    return [""], [0] * len(paths)
+
+
+def files_below(root, parents=()):
+    """Paths of all regular files below `root`. Links are followed, except in a circle; HIDDEN names are left out."""
+    for entry in os.scandir(root):
+        if entry.is_file() and not entry.name.startswith(HIDDEN):
+            yield entry.path
+        elif entry.is_dir() and not entry.name.startswith(HIDDEN) and os.path.realpath(entry) not in parents:
+            yield from files_below(entry.path, (*parents, os.path.realpath(entry)))
