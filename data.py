@@ -23,6 +23,7 @@ from folders import ImageFolder, find_split
 from runtime import Stopped, bar, check, fail, ignore_signals
 from shapes import Shapes
 
+IMAGE_STREAM, ORDER_STREAM = 0, 1  # part of each rng's seed, so that an image's numbers and the order share none
 BAD_SHARE = 0.01  # a run ends if more than this share of its images can't be used
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -177,7 +178,7 @@ def training_order(images, batch_size, start, steps, seed, rank=0, count=1, micr
     for step in range(start, steps):
         epoch, k = divmod(step, steps_per_epoch)
         if epoch != order_of:
-            order_of, order = epoch, np.random.default_rng([seed, 1, epoch]).permutation(images)
+            order_of, order = epoch, np.random.default_rng([seed, ORDER_STREAM, epoch]).permutation(images)
         first = k * batch_size + rank * micro_batches * share
         for part in range(micro_batches):
             yield [(epoch, int(i)) for i in order[first + part * share:first + (part + 1) * share]]
@@ -193,7 +194,7 @@ class TrainBatches(torch.utils.data.Dataset):
     def __getitem__(self, batch):
         items, bad = [], []
         for epoch, i in batch:
-            rng, item = np.random.default_rng([self.seed, 0, epoch, i]), None
+            rng, item = np.random.default_rng([self.seed, IMAGE_STREAM, epoch, i]), None
             while item is None and len(bad) < 100:
                 item = try_load(self.source, i, bad, self.transform, rng, **self.options)
                 i = int(rng.integers(len(self.source)))  # takes its place, if it is bad

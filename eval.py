@@ -77,6 +77,8 @@ class Npz:
                   f"{constant}={path}: arr_0 is {kind} {shape}; it must be uint8 (N, H, H, 3)")
             check(not fortran, f"{constant}={path}: arr_0 is in Fortran order; write it with numpy.ascontiguousarray")
             self.images = np.memmap(path, kind, "r", file.tell(), shape)
+        with np.load(path) as file:  # the classes that sample.py drew, (N,)
+            self.labels = torch.from_numpy(file["arr_1"]).long() if "arr_1" in file else None
         self.root, self.constant = path, constant
 
     def __reduce__(self):  # workers that are not forked get the path, not the contents
@@ -231,15 +233,15 @@ class FeatureSums:
     SPLITS = 10  # IS is the mean over this many parts of the set, in order
     BATCH = 16  # at a time: Inception takes some 30 MB per image
 
-    def __init__(self, network, images, device):
-        self.network, self.images, self.device = network, images, device
+    def __init__(self, network, images, device, labels=None):
+        self.network, self.images, self.device, self.labels = network, images, device, labels
 
         def zeros(*shape):
             return torch.zeros(shape, dtype=torch.float64, device=float64_device(device))
 
         self.total, self.products = zeros(network.features), zeros(network.features, network.features)
         self.counts, self.negative_entropies = zeros(self.SPLITS), zeros(self.SPLITS)
-        self.probabilities = zeros(self.SPLITS, network.classes)
+        self.probabilities, self.right = zeros(self.SPLITS, network.classes), zeros()
 
     def add(self, pixels, indices):
         """uint8 (B, H, W, 3) of the set's images `indices` (B,)."""
@@ -253,10 +255,12 @@ class FeatureSums:
             self.counts += parts.sum(1)
             self.negative_entropies += parts @ (p * logits.log_softmax(1)).sum(1)
             self.probabilities += parts @ p  # (10, K)
+            if self.labels is not None:
+                self.right += (logits.argmax(1).cpu() == self.labels[indices]).sum()
 
     def reduce(self, dist):
         """Adds up the sums of all processes -> how many images there were."""
-        for name in "total", "products", "counts", "negative_entropies", "probabilities":
+        for name in "total", "products", "counts", "negative_entropies", "probabilities", "right":
             setattr(self, name, dist.sum(getattr(self, name)).cpu())
         count = int(self.counts.sum())
         check(count > 1, f"a Fréchet distance needs at least 2 images, not {count}")
@@ -443,19 +447,22 @@ def evaluate_samples(dist):
         check(mean + mean == cov == (network.features,) * 2,
               f"reference={reference}: mu is {mean} and sigma {cov}, but the network has {network.features} features")
 
-    def measure(images, title):
-        sums = FeatureSums(network, len(images), dist.device)
+    labels = images.labels if feature_net and isinstance(images, Npz) else None  # what the samples should show
+
+    def measure(images, title, labels=None):
+        sums = FeatureSums(network, len(images), dist.device, labels)
         for pixels, indices in data.eval_loader(images, size, batch_size, dist, workers, title=title):
             sums.add(pixels, indices)
         return sums, sums.reduce(dist)
 
-    (sampled, count), against = measure(images, "samples"), "the statistics"
+    (sampled, count), against = measure(images, "samples", labels), "the statistics"
     if other:
         referred, other_count = measure(other, "reference")
         target, against = referred.mean_and_cov(), f"{other_count} images"
     return f"{samples}: {count} samples, {size} px, against {against} of {reference}", \
         {metric_name("gFID"): frechet_distance(sampled.mean_and_cov(), target),
-         metric_name("IS"): sampled.inception_score()}
+         metric_name("IS"): sampled.inception_score(),
+         **({metric_name("recognised"): (sampled.right / count).item()} if labels is not None else {})}
 
 
 def partners(images, other):

@@ -156,19 +156,19 @@ def check_constants(dist):
 
 def main():
     constants = runtime.configure(globals())
-    path, saved = runtime.open_run(constants, "tokenizer", FREE)  # saved: the checkpoint to resume from, or None
-    dist = runtime.Distributed(device, saved["dtype"] if saved else dtype, seed)
-    if saved and saved["finished"]:
-        dist.print(f"{path} is finished: step {saved['step']}")
+    path, resumed = runtime.open_run(constants, "tokenizer", FREE)  # the checkpoint to resume from, or None
+    dist = runtime.Distributed(device, resumed["dtype"] if resumed else dtype, seed)
+    if resumed and resumed["finished"]:
+        dist.print(f"{path} is finished: step {resumed['step']}")
         return dist.close()
     check_constants(dist)
     compiled = dist.compiles(compile)
 
     # The images of joint training, unless data_dir names others.
-    given = saved or runtime.load_checkpoint(init_from, "init_from", kind="tokenizer")
+    given = resumed or runtime.load_checkpoint(init_from, "init_from", kind="tokenizer")
     constants = {**given["constants"], **constants, "data_dir": data_dir or given["constants"]["data_dir"]}
     image_size = constants["image_size"]
-    train, val = data.open_splits(constants["data_dir"], image_size, constants["shapes_images"], batch_size, saved)
+    train, val = data.open_splits(constants["data_dir"], image_size, constants["shapes_images"], batch_size, resumed)
     steps_per_epoch = len(train) // batch_size
     steps, warmup_steps = epochs * steps_per_epoch, round(warmup_epochs * steps_per_epoch)
     dist.print(f"{len(train)} training and {len(val)} validation images; {steps} steps of {batch_size}")
@@ -195,13 +195,13 @@ def main():
         augment = augment_differentiably if discriminator_augment else nn.Identity()
 
     start = 0
-    if saved:
-        start = saved["step"]
-        decoder.load_state_dict(saved["decoder"])
-        optimizer.load_state_dict(saved["optimizer"])
+    if resumed:
+        start = resumed["step"]
+        decoder.load_state_dict(resumed["decoder"])
+        optimizer.load_state_dict(resumed["optimizer"])
         if discriminator:
-            discriminator.heads.load_state_dict(saved["discriminator"])
-            discriminator_optimizer.load_state_dict(saved["discriminator_optimizer"])
+            discriminator.heads.load_state_dict(resumed["discriminator"])
+            discriminator_optimizer.load_state_dict(resumed["discriminator_optimizer"])
         dist.print(f"resumed from {path} at step {start}")
 
     def save(step, finished=False):

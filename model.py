@@ -425,7 +425,7 @@ def ssl_output(encoder, heads, views, student):
 
 
 class JointTokenizer(nn.Module):
-    """Everything that stage 1 trains: the tokenizer, and heads as in `ssl_output`, or None without self-supervision."""
+    """All that stage 1 trains: the tokenizer, and heads as in `ssl_output`, or None without SSL. DINO has no masks."""
 
     def __init__(self, tcae, heads=None, masks=True):
         super().__init__()

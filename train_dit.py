@@ -163,7 +163,8 @@ def main():
             # Each example has its own random numbers, the same for any number of processes. They decide: mirror image
             # or not; the time t, logit-normal(0, 1); the noise; and whether the label is dropped.
             batch = next(loader)
-            rngs = [np.random.default_rng([seed, 0, step // steps_per_epoch, i]) for i in batch["index"].tolist()]
+            epoch = step // steps_per_epoch
+            rngs = [np.random.default_rng([seed, data.IMAGE_STREAM, epoch, i]) for i in batch["index"].tolist()]
             mirrored = torch.tensor([rng.random() < 0.5 for rng in rngs])
             t = torch.tensor([1 / (1 + np.exp(-rng.standard_normal())) for rng in rngs], dtype=torch.float32)
             noise = torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))

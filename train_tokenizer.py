@@ -139,16 +139,16 @@ class Views:
 
 def main():
     constants = runtime.configure(globals())
-    path, saved = runtime.open_run(constants, "tokenizer", FREE)  # saved: the checkpoint to resume from, or None
-    dist = runtime.Distributed(device, saved["dtype"] if saved else dtype, seed)
-    if saved and saved["finished"]:
-        dist.print(f"{path} is finished: step {saved['step']}")
+    path, resumed = runtime.open_run(constants, "tokenizer", FREE)  # the checkpoint to resume from, or None
+    dist = runtime.Distributed(device, resumed["dtype"] if resumed else dtype, seed)
+    if resumed and resumed["finished"]:
+        dist.print(f"{path} is finished: step {resumed['step']}")
         return dist.close()
     check_constants(dist)
     compiled = dist.compiles(compile)
 
     # Images.
-    train, val = data.open_splits(data_dir, image_size, shapes_images, batch_size, saved)
+    train, val = data.open_splits(data_dir, image_size, shapes_images, batch_size, resumed)
     steps_per_epoch = len(train) // batch_size
     steps, warmup_steps = epochs * steps_per_epoch, round(warmup_epochs * steps_per_epoch)
     dist.print(f"{len(train)} training and {len(val)} validation images, {len(train.classes)} classes; "
@@ -181,14 +181,14 @@ def main():
                + (f", head {count_parameters(heads):.1f} M" if heads else ""))
 
     start = 0
-    if saved:
-        start = saved["step"]
-        tcae.load_state_dict(saved["tokenizer"])
-        optimizer.load_state_dict(saved["optimizer"])
+    if resumed:
+        start = resumed["step"]
+        tcae.load_state_dict(resumed["tokenizer"])
+        optimizer.load_state_dict(resumed["optimizer"])
         if heads:
-            heads.load_state_dict(saved["heads"])
-            teacher.load_state_dict(saved["teacher"])
-            ibot.centers = {name: center.to(dist.device) for name, center in saved["centers"].items()}
+            heads.load_state_dict(resumed["heads"])
+            teacher.load_state_dict(resumed["teacher"])
+            ibot.centers = {name: center.to(dist.device) for name, center in resumed["centers"].items()}
         dist.print(f"resumed from {path} at step {start}")
 
     def save(step, finished=False):
