@@ -33,6 +33,15 @@ def test_every_command_s_constants_exist(words, monkeypatch):
     runtime.configure(vars(script), words[1:])
 
 
+def test_the_files_are_about_as_long_as_it_says():
+    """All files of the top level are in the map, their lengths within a twentieth."""
+    rows = re.findall(r"^\| ((?:`\w+\.py`(?:, )?)+) \| ([\d, ]+) \|", README, re.MULTILINE)
+    said = {name: int(lines) for names, numbers in rows
+            for name, lines in zip(re.findall(r"\w+\.py", names), numbers.split(", "), strict=True)}
+    found = {path.name: len(path.read_text().splitlines()) for path in ROOT.glob("*.py")}
+    assert said == {name: pytest.approx(lines, rel=0.05) for name, lines in found.items()}
+
+
 SHORTER = {  # for a smoke test: constants alone
     "train_tokenizer.py": dict(shapes_images=64, epochs=1, workers=0, warmup_epochs=0.5, val_images=20, stats_images=32,
                                dtype="float32"),
