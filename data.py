@@ -10,6 +10,7 @@
 import json
 import math
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from PIL import Image, ImageDraw
 from torch.utils.data import default_collate
 
 from folders import ImageFolder, find_split
-from runtime import Stopped, bar, check, fail, ignore_signals
+from runtime import Stopped, bar, check, fail, ignore_signals, whole_file
 from shapes import Shapes
 
 IMAGE_STREAM, ORDER_STREAM = 0, 1  # part of each rng's seed, so that an image's numbers and the order share none
@@ -308,10 +309,12 @@ class Store:
         self.path, self.given = path, (path, about, count, shape, dtype)
         size = self.HEADER + count + count * math.prod(shape) * np.dtype(dtype).itemsize
         if not os.path.exists(path) and (dist is None or dist.first):
-            with open(f"{path}.tmp", "wb") as file:  # sparse: it takes up space only as it is filled
+            free = shutil.disk_usage(os.path.dirname(path) or ".").free
+            if size > free:
+                fail(f"{path} will take {size / 1e9:.3g} GB, and {free / 1e9:.3g} are free there", everywhere=False)
+            with whole_file(path) as file:  # sparse: it takes up space only as it is filled
                 file.write(json.dumps(about).encode().ljust(self.HEADER))
                 file.truncate(size)
-            os.replace(f"{path}.tmp", path)
         if dist:
             dist.wait()
         check(os.path.getsize(path) == size,  # memmap would pad it with zeros

@@ -525,8 +525,8 @@ def main():
         print(about)
         for name, value in results.items():
             print(f"  {name:<{max(map(len, results))}}" + ("         –" if value is None else f"{value:10.4f}"))
-        Path(f"{path}.tmp").write_text(json.dumps({"measured": about, **results, "constants": constants}, indent=1))
-        os.replace(f"{path}.tmp", path)  # whole or not at all
+        with runtime.whole_file(path) as file:
+            file.write(json.dumps({"measured": about, **results, "constants": constants}, indent=1).encode())
         print(f"wrote {path}")
     dist.close()
 

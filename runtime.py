@@ -2,12 +2,13 @@
 
     Distributed            this process among the others: device, precision, sums over all of them, SIGTERM
     open_run, check_training, make_folder    the start of a training script
-    save_checkpoint, load_checkpoint, check_resumable, header, fingerprint, latents_of
+    whole_file, save_checkpoint, load_checkpoint, check_resumable, header, fingerprint, latents_of
     Log, Progress, bar     log.jsonl, and what a terminal or a batch job's log shows
     cosine, update_ema     the schedule of learning rate and teacher momentum; moving averages of weights
 
 configure, check, fail and how a process ends are in configurator.py; the scripts call them as runtime.configure etc.
 """
+import contextlib
 import fcntl
 import hashlib
 import importlib.util
@@ -190,8 +191,7 @@ class Distributed:
 def open_run(constants, kind, free):
     """-> the path of a run's checkpoint, and the checkpoint if there is one to resume from, else None. The constants
     must then be those that the run was begun with, except for the names in `free`."""
-    out_dir = constants["out_dir"]
-    path = os.path.join(out_dir, "checkpoint.pt")
+    out_dir, path = constants["out_dir"], os.path.join(constants["out_dir"], "checkpoint.pt")
     if not os.path.exists(path):
         return path, None
     check(constants["resume"],
@@ -232,10 +232,21 @@ def make_folder(out_dir, dist=None):
         fail(f"out_dir={out_dir} can't be written to: {error.strerror}", everywhere=False)
 
 
+@contextlib.contextmanager
+def whole_file(path):
+    """A file to write bytes into. It takes its name when it is whole: after a crash or on a full disk the old one stays."""
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            yield file
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:  # torch.save raises the latter
+        Path(f"{path}.tmp").unlink(missing_ok=True)
+        fail(f"{path} can't be written: {str(error).splitlines()[0]}", everywhere=False)
+
+
 def save_checkpoint(path, state):
-    """Writes the file under a temporary name and renames it, so that a crash can't leave half a checkpoint."""
-    torch.save(state, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    with whole_file(path) as file:
+        torch.save(state, file)
 
 
 def load_checkpoint(path, name, kind=None):
@@ -296,16 +307,16 @@ class Log:
     killed after its last checkpoint repeats those steps. So are lines that can't be read."""
 
     def __init__(self, path, step):
-        lines, unread = [], 0
+        lines, unread = b"", 0
         for line in Path(path).read_bytes().splitlines() if Path(path).exists() else []:
             try:
-                lines += [line + b"\n"] if json.loads(line)["step"] <= step else []
+                lines += line + b"\n" if json.loads(line)["step"] <= step else b""
             except (ValueError, KeyError, TypeError):
                 unread += 1
         if unread:
             print(f"{path}: lines that can't be read and are left out: {unread}")
-        Path(f"{path}.tmp").write_bytes(b"".join(lines))
-        os.replace(f"{path}.tmp", path)  # on a full disk the old lines stay
+        with whole_file(path) as file:
+            file.write(lines)
         self.file = open(path, "a", buffering=1)
 
     def write(self, **values):

@@ -94,7 +94,8 @@ def main():
     path = os.path.join(out_dir, "samples.npz" if num_samples else "samples.png")
     if dist.first:
         if num_samples:
-            np.savez(path, arr_0=store.items, arr_1=labels)
+            with runtime.whole_file(path) as file:
+                np.savez(file, arr_0=store.items, arr_1=labels)
         else:
             columns = len(labels) // per_class
             data.save_grid(path, torch.from_numpy(np.array(store.items)), columns, [names[k] for k in labels[:columns]])

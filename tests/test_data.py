@@ -620,3 +620,12 @@ def test_grid_shows_every_image_in_its_place(tmp_path):
     top = len(titled) - len(pixels)
     assert top > 8 and np.array_equal(titled[top:], pixels)
     assert all((titled[:top, k * columns:(k + 1) * columns] < 128).any() for k in range(3)), "a title above each column"
+
+
+def test_a_store_without_room_is_one_line(tmp_path, monkeypatch):
+    """Before hours of encoding, and nothing is left behind."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=4 * 10**6))
+    message = failure(data.Store, str(tmp_path / "latents.cache"), {}, 1000, (2, 1000), np.float16)
+    assert message.endswith("latents.cache will take 0.00401 GB, and 0.004 are free there")
+    assert not list(tmp_path.iterdir())
+    data.Store(str(tmp_path / "latents.cache"), {}, 900, (2, 1000), np.float16)

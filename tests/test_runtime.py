@@ -7,6 +7,7 @@ import math
 import os
 import platform
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -273,11 +274,25 @@ def test_a_failure_while_saving_leaves_the_old_checkpoint_whole(tmp_path):
     path = tmp_path / "checkpoint.pt"
     runtime.save_checkpoint(path, {"step": 1, "w": torch.ones(1000)})
     before = path.read_bytes()
-    with pytest.raises(OSError, match="No space left"):
-        runtime.save_checkpoint(path, {"step": 2, "w": torch.zeros(1000), "x": Unsaveable()})
+    message = failure(runtime.save_checkpoint, path, {"step": 2, "w": torch.zeros(1000), "x": Unsaveable()})
+    assert message == f"error: {path} can't be written: No space left on device"
     assert path.read_bytes() == before and runtime.load_checkpoint(path, "out_dir")["step"] == 1
     runtime.save_checkpoint(path, {"step": 3})  # what the failure left behind is in nobody's way
     assert runtime.load_checkpoint(path, "out_dir")["step"] == 3
+
+
+def test_a_file_that_gets_too_large_is_one_line_and_leaves_nothing(tmp_path):
+    """By the limit of the operating system: a full disk differs in the error's number alone."""
+    path, limits = tmp_path / "checkpoint.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    runtime.save_checkpoint(path, {"step": 1})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        message = failure(runtime.save_checkpoint, path, {"w": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert message.startswith(f"error: {path} can't be written: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert runtime.load_checkpoint(path, "out_dir")["step"] == 1
 
 
 def test_a_run_can_save_over_the_checkpoint_it_was_resumed_from(tmp_path):
@@ -394,8 +409,7 @@ def test_log_goes_on_after_lines_that_can_not_be_read(tmp_path, capsys, line, mo
     before = path.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *_: exec("raise OSError('No space left on device')"))
-        with pytest.raises(OSError):
-            runtime.Log(path, 2)
+        assert "can't be written: No space left" in failure(runtime.Log, path, 2)
     assert path.read_bytes() == before
     runtime.Log(path, 2).write(step=3)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
