@@ -21,6 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import numpy as np
+
 import runtime
 from runtime import check
 
@@ -49,7 +51,7 @@ COLUMNS = {  # what the table shows: file, metric as eval.py names it
     "PSNR": ("tokenizer", "PSNR"), "SSIM": ("tokenizer", "SSIM"), "rFD": ("tokenizer", "rFD"),
     "probe, tokens": ("tokenizer", "probe on tokens"), "probe, latents": ("tokenizer", "probe on latents"),
     "structure loss": ("tokenizer", "structure loss"), "gFD": ("samples", "gFD"), "IS": ("samples", "IS"),
-    "gFD, guided": ("guided", "gFD"),
+    "gFD, guided": ("guided", "gFD"), "recognised, guided": ("guided", "recognised"), "seams": ("seams", "seams"),
 }
 
 # The paper's claims: what is compared, in which column, and which of the two rows should be lower (or higher).
@@ -64,6 +66,15 @@ CLAIMS = [
 ]
 
 
+def seams(images, f):
+    """How much more pixels differ from their neighbours across borders of latent positions, f pixels apart, than
+    elsewhere: 1 = no more. images: uint8 (N, H, H, 3)."""
+    across = [np.abs(np.diff(images.astype(np.float32), axis=axis)).mean((0, 3 - axis, 3)) for axis in (1, 2)]
+    steps = sum(across) / 2  # (H - 1,), between pixels k and k + 1
+    border = np.arange(1, len(steps) + 1) % f == 0
+    return float(steps[border].mean() / steps[~border].mean())
+
+
 def run_cell(row, seed):
     """Everything that a cell lacks, one command after the other."""
     kept, folder = Path(results, f"{row}-seed{seed}"), Path(out_dir, f"{row}-seed{seed}")
@@ -74,7 +85,8 @@ def run_cell(row, seed):
     def run(result, script, *config, **constants):
         if result.suffix == ".json" and result.exists():
             return
-        command = [sys.executable, script, *config, f"--dtype={dtype}", *(f"--{name}={value}" for name, value in constants.items())]
+        given = {"dtype": dtype, **constants}
+        command = [sys.executable, script, *config, *(f"--{name}={value}" for name, value in given.items())]
         print(f"{time.strftime('%H:%M:%S')} {row} seed {seed}: {script}", flush=True)
         with open(folder / f"{Path(script).stem}.txt", "a") as terminal:
             code = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=terminal,
@@ -95,6 +107,10 @@ def run_cell(row, seed):
     run(dit, "train_dit.py", dit_config, tokenizer=tokenizer, seed=seed, resume=True, out_dir=dit.parent)
     sample("samples", 1)
     sample("guided", cfg_scale)
+    if not (kept / "seams.json").exists():
+        f = runtime.load_checkpoint(tokenizer, "out_dir")["constants"]["downsample"]
+        with np.load(folder / "samples" / "samples.npz") as file:
+            (kept / "seams.json").write_text(json.dumps({"seams": seams(file["arr_0"], f)}))
     for log in tokenizer, dit:  # how it went: every tenth line or so is enough for a curve
         lines = (log.parent / "log.jsonl").read_text().splitlines()
         (kept / f"{log.parent.name}.log.jsonl").write_text("\n".join(lines[::max(1, len(lines) // 40)]) + "\n")
@@ -116,7 +132,7 @@ def print_results(chosen):
         cells = []
         for column in COLUMNS:
             values = [measured(row, seed, column) for seed in seeds]
-            digits = 3 if column in ("SSIM", "structure loss") or "probe" in column else 2
+            digits = 3 if column in ("SSIM", "structure loss") or column.startswith(("probe", "recognised")) else 2
             cells.append(" / ".join("–" if value is None else f"{value:.{digits}f}" for value in values))
         print(f"| {row} | " + " | ".join(cells) + " |")
     print("\n| the paper's claim | the paper | here, by seed | verdict |\n|---|---|---|---|")

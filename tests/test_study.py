@@ -95,6 +95,10 @@ def cell(tmp_path, monkeypatch):
         result = Path(RESULT[script].format(**constants))
         result.parent.mkdir(parents=True, exist_ok=True)
         result.write_text("{}")
+        if result.suffix == ".npz":
+            np.savez(result, arr_0=np.random.default_rng(0).integers(256, size=(2, 32, 32, 3)).astype(np.uint8))
+        elif script == "train_tokenizer.py":
+            torch.save({"constants": constants}, result)
         (result.parent / "log.jsonl").write_text('{"step": 50, "loss": 1.0}\n')
         commands.append((script, constants))
         return SimpleNamespace(returncode=0)
@@ -104,6 +108,20 @@ def cell(tmp_path, monkeypatch):
     for name in "out_dir", "results":
         monkeypatch.setattr(study, name, str(tmp_path / name))
     return commands
+
+
+def test_seams_are_differences_across_the_borders_of_latent_positions():
+    """Noise has none; four flat squares of 16 pixels have nothing else. Against a loop over neighbours."""
+    images = np.random.default_rng(0).integers(100, size=(50, 32, 32, 3)).astype(np.uint8)
+    assert study.seams(images, 16) == pytest.approx(1, abs=0.02)
+    images[:, 16:] += 50
+    images[:, :, 16:] += 50
+    border, inside = [], []
+    for k in range(31):
+        for a, b in (images[:, k], images[:, k + 1]), (images[:, :, k], images[:, :, k + 1]):
+            (border if k == 15 else inside).append(abs(a.astype(float) - b).mean())
+    expected = np.mean(border) / np.mean(inside)
+    assert study.seams(images, 16) == pytest.approx(expected, rel=1e-5) and expected > 1.3
 
 
 @pytest.mark.parametrize("row", study.ROWS)
