@@ -71,7 +71,7 @@ def check_constants(dist):
     """Checks across constants. Each message names the constant and says what to do."""
     runtime.check_training(globals(), dist, positive=("accumulate", "sample_every", "sample_steps", "shift_base"))
     for name in "label_dropout", "ema_momentum":
-        check(globals()[name] <= 1, f"{name}={globals()[name]} must be between 0 and 1")
+        check(globals()[name] < 1, f"{name}={globals()[name]} must be at least 0 and below 1")
     check(optimizer in optim.OPTIMIZERS, f"optimizer={optimizer!r}: it is {' or '.join(optim.OPTIMIZERS)}")
     try:
         with torch.device("meta"):

@@ -852,7 +852,7 @@ def test_another_call_does_not_go_on_with_samples_that_were_begun(draw, monkeypa
     (dict(batch_size=15, accumulate=2), ["batch_size=15", "2"]), (dict(batch_size=0), ["batch_size=0"]),
     (dict(batch_size=320), ["batch_size=320", "160"]), (dict(accumulate=0), ["accumulate=0"]),
     (dict(epochs=0), ["epochs=0"]), (dict(sample_steps=0), ["sample_steps=0"]), (dict(save_every=0), ["save_every=0"]),
-    (dict(label_dropout=1.5), ["label_dropout=1.5"]), (dict(ema_momentum=1.5), ["ema_momentum=1.5"]),
+    (dict(label_dropout=1.0), ["label_dropout=1.0"]), (dict(ema_momentum=1.0), ["ema_momentum=1.0"]),
     (dict(decay_epoch=5), ["decay_epoch=5", "epochs=4"]), (dict(betas="(0.9, 1.0)"), ["betas=(0.9, 1.0)"]),
     (dict(optimizer="sgd"), ["optimizer='sgd'", "adamw or muon"]),
     (dict(dtype="float16"), ["dtype='float16'"]), (dict(device="abacus"), ["device='abacus'"]),
