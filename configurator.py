@@ -48,6 +48,12 @@ def fails_first(line):
         return False
 
 
+def first_traceback(kind, error, trace):
+    """A sys.excepthook: of several processes that fail only the first shows a traceback."""
+    if fails_first(f"{kind.__name__}: {error}"):
+        sys.__excepthook__(kind, error, trace)
+
+
 def check(condition, message):
     """`fail(message)` unless `condition`. The message names the constant that is to blame."""
     if not condition:

@@ -20,11 +20,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.utils.data import default_collate
 
-from folders import ImageFolder, find_split
+from folders import DEVKIT, KAGGLE_TABLE, ImageFolder, find_split
 from runtime import Stopped, bar, check, fail, ignore_signals, whole_file
 from shapes import Shapes
 
-IMAGE_STREAM, ORDER_STREAM = 0, 1  # part of each rng's seed, so that an image's numbers and the order share none
+IMAGE_STREAM, ORDER_STREAM = 0, 1  # second number of an rng's seed: an image's draws don't depend on the epoch's order
 BAD_SHARE = 0.01  # a run ends if more than this share of its images can't be used
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -53,10 +53,12 @@ def open_splits(data_dir, image_size, shapes_images, batch_size=1, resumed=None)
     """The training and the validation images. They must have the same classes and fill a batch, and a run that goes on
     from the checkpoint `resumed` must find as many as it began with."""
     train, val = (open_split(data_dir, split, image_size, shapes_images) for split in ("train", "val"))
+    check(train.classes == val.classes or [""] not in (train.classes, val.classes),
+          f"data_dir={data_dir}: only one of train/ and val/ has class folders; sort the other's images into some, or put "
+          f"ImageNet's {KAGGLE_TABLE} or {DEVKIT} beside it")
     odd = sorted(set(train.classes) ^ set(val.classes))
     check(not odd, "data_dir: the training and the validation images must have the same classes, but only one of them "
-                   f"has {', '.join(name or 'no classes (a flat val/ needs a table: folders.py)' for name in odd[:5])}"
-                   + (f" and {len(odd) - 5} more" if len(odd) > 5 else ""))
+                   f"has {', '.join(odd[:5])}" + (f" and {len(odd) - 5} more" if len(odd) > 5 else ""))
     check(batch_size <= len(train), f"batch_size={batch_size} is more than the {len(train)} training images")
     check(not resumed or resumed["images"] == len(train), f"data_dir={data_dir} has {len(train)} training images; the "
           f"run to resume began with {resumed and resumed['images']}")
@@ -311,7 +313,7 @@ class Store:
         if not os.path.exists(path) and (dist is None or dist.first):
             free = shutil.disk_usage(os.path.dirname(path) or ".").free
             if size > free:
-                fail(f"{path} will take {size / 1e9:.3g} GB, and {free / 1e9:.3g} are free there", everywhere=False)
+                fail(f"{path} needs {size / 1e9:.3g} GB, but only {free / 1e9:.3g} are free there", everywhere=False)
             with whole_file(path) as file:  # sparse: it takes up space only as it is filled
                 file.write(json.dumps(about).encode().ljust(self.HEADER))
                 file.truncate(size)

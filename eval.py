@@ -5,9 +5,10 @@
     torchrun --nproc_per_node=8 eval.py --samples=out/samples/samples.npz --reference=VIRTUAL_imagenet256_labeled.npz
     python eval.py --samples=their_reconstructions/ --reference=originals/ --paired=True     # another tokenizer's
 
-Reconstruction: rFID, PSNR, SSIM, LPIPS. Generation: gFID, IS. Linear probes (Table 1): the accuracy R_tok of a linear
-classifier on average-pooled image tokens, R_lat of one on average-pooled latents, and the structure loss,
-1 - R_lat / R_tok; also a probe on [CLS] and pooled tokens together, as in DINOv2's evaluation.
+Reconstruction: rFID, PSNR, SSIM, LPIPS. Generation: gFID, IS, and with a `feature_net` of the generator's classes, in
+their order, the share of samples that it gives the class they were drawn for, "recognised". Linear probes (Table 1):
+the accuracy R_tok of a linear classifier on average-pooled image tokens, R_lat of one on average-pooled latents, and the
+structure loss, 1 - R_lat / R_tok; also a probe on [CLS] and pooled tokens together, as in DINOv2's evaluation.
 Prints a table and writes it to eval.json, beside the checkpoint or the samples.
 """
 import json
@@ -77,8 +78,6 @@ class Npz:
                   f"{constant}={path}: arr_0 is {kind} {shape}; it must be uint8 (N, H, H, 3)")
             check(not fortran, f"{constant}={path}: arr_0 is in Fortran order; write it with numpy.ascontiguousarray")
             self.images = np.memmap(path, kind, "r", file.tell(), shape)
-        with np.load(path) as file:  # the classes that sample.py drew, (N,)
-            self.labels = torch.from_numpy(file["arr_1"]).long() if "arr_1" in file else None
         self.root, self.constant = path, constant
 
     def __reduce__(self):  # workers that are not forked get the path, not the contents
@@ -102,6 +101,13 @@ def open_images(path, constant):
         return data.ImageFolder(path, constant, by_class=False)
     check(zipfile.is_zipfile(path), f"{constant}={path} is neither a folder nor a whole .npz file")
     return Npz(path, constant)
+
+
+def drawn_classes(images, classes):
+    """The class that each sample was drawn for, arr_1 of an .npz, (N,); None unless it has one of `classes` for each."""
+    labels = np.load(images.root).get("arr_1", np.zeros(0)) if isinstance(images, Npz) else np.zeros(0)
+    fits = labels.shape == (len(images),) and labels.dtype.kind in "iu" and 0 <= labels.min() <= labels.max() < classes
+    return torch.from_numpy(labels).long() if fits else None
 
 
 def side_of(images):
@@ -413,12 +419,13 @@ def evaluate_tokenizer(dist):
             reconstructions = data.to_uint8(tcae.decode(z)).cpu()
         of_val.add(cls, tokens, z, indices)
         pairs.add(pixels, reconstructions, indices)
-    for pixels, indices in data.eval_loader(train, size, batch_size, dist, workers, probe_images, "training images"):
-        with dist.autocast():
-            of_train.add(*tcae.encode(data.to_float(pixels, dist.device), with_tokens=True), indices)
-
-    if of_train.classes == 1:
+    if len(train.classes) == 1:
         dist.print(f"no probes: {where} has no class folders to tell apart")
+    else:
+        for pixels, indices in data.eval_loader(train, size, batch_size, dist, workers, probe_images, "for the probes"):
+            with dist.autocast():
+                of_train.add(*tcae.encode(data.to_float(pixels, dist.device), with_tokens=True), indices)
+
     count, results = pairs.results(dist)
     if pca:
         values = int(np.prod(tcae.latent_shape))
@@ -447,7 +454,7 @@ def evaluate_samples(dist):
         check(mean + mean == cov == (network.features,) * 2,
               f"reference={reference}: mu is {mean} and sigma {cov}, but the network has {network.features} features")
 
-    labels = images.labels if feature_net and isinstance(images, Npz) else None  # what the samples should show
+    drawn = drawn_classes(images, network.classes) if feature_net else None  # Inception has other classes
 
     def measure(images, title, labels=None):
         sums = FeatureSums(network, len(images), dist.device, labels)
@@ -455,14 +462,14 @@ def evaluate_samples(dist):
             sums.add(pixels, indices)
         return sums, sums.reduce(dist)
 
-    (sampled, count), against = measure(images, "samples", labels), "the statistics"
+    (sampled, count), against = measure(images, "samples", drawn), "the statistics"
     if other:
         referred, other_count = measure(other, "reference")
         target, against = referred.mean_and_cov(), f"{other_count} images"
     return f"{samples}: {count} samples, {size} px, against {against} of {reference}", \
         {metric_name("gFID"): frechet_distance(sampled.mean_and_cov(), target),
          metric_name("IS"): sampled.inception_score(),
-         **({metric_name("recognised"): (sampled.right / count).item()} if labels is not None else {})}
+         **({metric_name("recognised"): (sampled.right / count).item()} if drawn is not None else {})}
 
 
 def partners(images, other):

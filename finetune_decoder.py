@@ -320,7 +320,7 @@ def main():
     except runtime.Stopped:
         stopping = True
     if stopping:
-        dist.print(f"SIGTERM: saved {path} at step {done}; --resume=True goes on from there")
+        dist.print(f"stopped: saved {path} at step {done}; --resume=True goes on from there")
     dist.close()
 
 

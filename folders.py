@@ -19,8 +19,8 @@ from runtime import check
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp"}
 HIDDEN = ".", "@eaDir", "__MACOSX"  # how names begin that a Mac or a file server adds
 KAGGLE = "ILSVRC/Data/CLS-LOC"  # where Kaggle's archive has train/ and val/
-TABLE = "LOC_val_solution.csv"  # Kaggle's, beside ILSVRC/: ILSVRC2012_val_00000001,n03995372 85 1 499 272
-KIT = "ILSVRC2012_devkit_t12/data"  # ILSVRC's own: class numbers in the order of the files, and what they stand for
+KAGGLE_TABLE = "LOC_val_solution.csv"  # beside ILSVRC/; a row is ImageId, then a WordNet ID and a box: n01751748 111 …
+DEVKIT = "ILSVRC2012_devkit_t12/data"  # ILSVRC's own: class numbers in the order of the files, and what they stand for
 
 
 class ImageFolder:
@@ -85,23 +85,23 @@ def find_split(data_dir, names):
 def flat_classes(folder, paths):
     """Class names and each image's label, of a folder without class folders. They come from the table or the kit that
     lies beside it or up to three levels above; without either all images are of one class, ""."""
-    class_of = {}
+    class_of, stems = {}, [Path(path).stem for path in paths]
     for place in Path(folder).absolute().parents[:4]:
-        if (place / TABLE).is_file():
-            with open(place / TABLE, encoding="utf-8", newline="") as file:
+        if (place / KAGGLE_TABLE).is_file():
+            with open(place / KAGGLE_TABLE, encoding="utf-8", newline="") as file:
                 class_of = {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
-        elif (place / KIT).is_dir():
+        elif (place / DEVKIT).is_dir():
             from scipy.io import loadmat
-            synsets = loadmat(place / KIT / "meta.mat", squeeze_me=True)["synsets"]
+            synsets = loadmat(place / DEVKIT / "meta.mat", squeeze_me=True)["synsets"]
             wordnet_id = dict(zip(synsets["ILSVRC2012_ID"].tolist(), synsets["WNID"].tolist()))
-            numbers = (place / KIT / "ILSVRC2012_validation_ground_truth.txt").read_text().split()
+            numbers = (place / DEVKIT / "ILSVRC2012_validation_ground_truth.txt").read_text().split()
             class_of = {f"ILSVRC2012_val_{k:08}": wordnet_id[int(number)] for k, number in enumerate(numbers, 1)}
-        if class_of:
-            unknown = next((path for path in paths if Path(path).stem not in class_of), None)
+        if class_of.keys() & set(stems):  # a table of other images says nothing
+            unknown = next((path for path, stem in zip(paths, stems) if stem not in class_of), None)
             check(not unknown, f"data_dir: {place} has no class for {unknown}")
             classes = sorted(set(class_of.values()))
             label_of = {name: label for label, name in enumerate(classes)}
-            return classes, [label_of[class_of[Path(path).stem]] for path in paths]
+            return classes, [label_of[class_of[stem]] for stem in stems]
     return [""], [0] * len(paths)
 
 

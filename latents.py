@@ -40,7 +40,8 @@ def open_tokenizer(path, dist, generator=None):
         settings |= {name: getattr(network, name) for name in (*settings, *Foreign.NEEDED) if hasattr(network, name)}
     else:
         saved = runtime.load_checkpoint(path, "tokenizer", kind="tokenizer")
-        tokenizer, latents_of, settings = TCAE.from_checkpoint(saved), runtime.latents_of(saved), saved["constants"]
+        tokenizer, settings = TCAE.from_checkpoint(saved), saved["constants"]
+        latents_of = runtime.fingerprint(saved["tokenizer"], without="decoder.")  # which finetuning changes
     side = settings["image_size"] // settings["downsample"]
     tokenizer.latent_shape, tokenizer.latents_of = (settings["latent_channels"], side, side), latents_of
     for name in "image_size", "data_dir", "shapes_images":
@@ -48,8 +49,7 @@ def open_tokenizer(path, dist, generator=None):
     if generator:
         check(generator["latents_of"] == latents_of, f"tokenizer={path} has other latents than the generator was "
               f"trained on, those of {generator['constants']['tokenizer']}")
-        for name in generator.keys() & {"latent_mean", "latent_std"}:
-            setattr(tokenizer, name, generator[name])
+        tokenizer.latent_mean, tokenizer.latent_std = generator["latent_mean"], generator["latent_std"]
     return tokenizer.eval().requires_grad_(False).to(dist.device)
 
 
@@ -187,7 +187,7 @@ def fill_cache(path, tcae, images, rebuild, workers, dist):
     """The cache at `path`, completed: each process encodes its share of what it lacks."""
     store = open_store(path, tcae, images, rebuild, len(images), (2, *tcae.latent_shape), np.float16, dist)
     todo = store.to_do(dist)
-    batch = max(1, min(128, 128**3 // tcae.image_size**2))
+    batch = max(1, data.eval_batch(tcae.image_size) // 2)  # with the mirror images twice as many
     for pixels, indices in data.eval_loader(images, tcae.image_size, batch, dist, workers, indices=todo,
                                             title="encoding the data set once"):
         both = torch.stack([pixels, pixels.flip(2)], dim=1).flatten(0, 1)  # (2 b, H, W, 3): image, mirror image, …

@@ -2,7 +2,7 @@
 
     Distributed            this process among the others: device, precision, sums over all of them, SIGTERM
     open_run, check_training, make_folder    the start of a training script
-    whole_file, save_checkpoint, load_checkpoint, check_resumable, header, fingerprint, latents_of
+    whole_file, save_checkpoint, load_checkpoint, check_resumable, header, fingerprint
     Log, Progress, bar     log.jsonl, and what a terminal or a batch job's log shows
     cosine, update_ema     the schedule of learning rate and teacher momentum; moving averages of weights
 
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from configurator import SIGNALS, check, configure, fail, fails_first, ignore_signals  # noqa: F401
+from configurator import SIGNALS, check, configure, fail, first_traceback, ignore_signals  # noqa: F401
 
 HERE = Path(__file__).parent
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # torch.load unpickles nothing, whichever library calls it
@@ -56,8 +56,7 @@ class Distributed:
         if self.count > 1:  # gloo for what the CPUs exchange (stop flags, file names), NCCL between GPUs
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             torch.distributed.init_process_group(backend)
-            sys.excepthook = lambda kind, error, trace: (
-                fails_first(f"{kind.__name__}: {error}") and sys.__excepthook__(kind, error, trace))
+            sys.excepthook = first_traceback
         check(seed < 2**63, f"seed={seed} must be below 2^63")
         torch.manual_seed(seed)
         torch.set_float32_matmul_precision("high")  # TF32 for matrix products that stay in float32
@@ -109,15 +108,18 @@ class Distributed:
         """Whether to compile the blocks. `wanted` is the constant `compile`: "True", "False" or "auto", which means yes
         on CUDA, and on a CPU if it `pays` and there is a C++ compiler."""
         check(wanted in ("auto", "True", "False"), f"compile={wanted!r}: it is 'auto', True or False")
-        if wanted == "True" or wanted == "auto" and pays and self.device.type == "cpu":
-            try:
-                torch.compile(lambda x: x + 1)(torch.ones(2, device=self.device))
-                return True
-            except Exception as error:
-                if wanted == "True":
-                    fail("compile=True does not work here (a CPU needs a C++ compiler for it): "
-                         f"{str(error).splitlines()[0]}", everywhere=False)
-        return wanted == "auto" and self.device.type == "cuda"
+        if wanted == "auto" and self.device.type == "cuda":
+            return True
+        if wanted == "False" or wanted == "auto" and not (pays and self.device.type == "cpu"):
+            return False
+        try:
+            torch.compile(lambda x: x + 1)(torch.ones(2, device=self.device))
+            return True
+        except Exception as error:
+            if wanted == "True":
+                fail("compile=True does not work here (a CPU needs a C++ compiler for it): "
+                     f"{str(error).splitlines()[0]}", everywhere=False)
+            return False
 
     def autocast(self):
         """A context in which matrix products run in `dtype`."""
@@ -234,14 +236,18 @@ def make_folder(out_dir, dist=None):
 
 @contextlib.contextmanager
 def whole_file(path):
-    """A file to write bytes into. It takes its name when it is whole: after a crash or on a full disk the old one stays."""
+    """A file to write bytes into. It takes its name once it is whole, so a crash or a full disk leaves the old one."""
     try:
         with open(f"{path}.tmp", "wb") as file:
             yield file
         os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:  # torch.save raises the latter
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save's error covers the disk's
+        if not isinstance(cause, OSError):
+            raise
+        fail(f"{path} can't be written: {cause.strerror or cause}", everywhere=False)
+    finally:
         Path(f"{path}.tmp").unlink(missing_ok=True)
-        fail(f"{path} can't be written: {str(error).splitlines()[0]}", everywhere=False)
 
 
 def save_checkpoint(path, state):
@@ -268,18 +274,13 @@ def load_checkpoint(path, name, kind=None):
     return state
 
 
-def fingerprint(weights, without=None):
+def fingerprint(weights, without=()):
     """A hash of {name: tensor}, 16 hexadecimal digits; names that begin with `without` are left out."""
     digest = hashlib.sha256()
     for name in sorted(weights):
-        if not (without and name.startswith(without)):
+        if not name.startswith(without):
             digest.update(name.encode() + weights[name].cpu().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def latents_of(saved):
-    """What a tokenizer's latents depend on: its fingerprint without the decoder, which finetuning changes."""
-    return fingerprint(saved["tokenizer"], without="decoder.")
 
 
 def header(kind, constants, dist):
@@ -307,16 +308,16 @@ class Log:
     killed after its last checkpoint repeats those steps. So are lines that can't be read."""
 
     def __init__(self, path, step):
-        lines, unread = b"", 0
+        lines, unread = [], 0
         for line in Path(path).read_bytes().splitlines() if Path(path).exists() else []:
             try:
-                lines += line + b"\n" if json.loads(line)["step"] <= step else b""
+                lines += [line + b"\n"] if json.loads(line)["step"] <= step else []
             except (ValueError, KeyError, TypeError):
                 unread += 1
         if unread:
             print(f"{path}: lines that can't be read and are left out: {unread}")
         with whole_file(path) as file:
-            file.write(lines)
+            file.writelines(lines)
         self.file = open(path, "a", buffering=1)
 
     def write(self, **values):
@@ -346,7 +347,7 @@ class Progress:
     def report(self, lr, waited=0.0):
         """Logs and shows the means over all processes and all steps since the last report. waited: seconds spent
         waiting for data since then. Ends the run at a NaN or an infinity, naming the step and the term."""
-        first = self.step - len(self.pending) + 1
+        first, by_name = self.step - len(self.pending) + 1, {}
         places = [(step, name) for step, terms in enumerate(self.pending, first) for name in terms]
         values = torch.stack([value.float() for terms in self.pending for value in terms.values()])
         values = (self.dist.sum(values) / self.dist.count).tolist()
@@ -355,9 +356,8 @@ class Progress:
                 self.bar.close()  # so that the message has a line to itself
                 kept = f"The last good checkpoint is still in {self.checkpoint}. " if self.checkpoint.exists() else ""
                 fail(f"step {step}: {name} is {value}. {kept}Look for damaged images, or lower learning_rate")
-        seconds, by_name = time.perf_counter() - self.since, {}
-        for (_, name), value in zip(places, values):
             by_name.setdefault(name, []).append(value)
+        seconds = time.perf_counter() - self.since
         speed = self.batch_size * len(self.pending) / seconds
         means = {name: sum(values) / len(values) for name, values in by_name.items()}
         self.write(**means, lr=lr, seconds=seconds, images_per_second=speed, waiting=waited / seconds)

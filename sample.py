@@ -62,23 +62,23 @@ def main():
     names, shape, weights = saved["classes"], tcae.latent_shape, saved["ema" if use_ema else "model"]
     dit = LightningDiT(saved["constants"]["size"], shape[0], shape[1], len(names)).eval().to(dist.device)
     dit.load_state_dict(weights)
-    all_classes = map(str, range(len(names) if num_samples else min(10, len(names))))
-    chosen = [name.strip() for name in (classes.split(",") if classes else all_classes)]
-    for name in chosen:
-        check(name.isdecimal() and int(name) < len(names),
-              f"classes={classes}: {name!r} is not a class, 0 to {len(names) - 1}")
+    chosen = classes.split(",") if classes else range(len(names) if num_samples else min(10, len(names)))
+    for k in map(str, chosen):
+        check(k.strip().isdecimal() and int(k) < len(names),
+              f"classes={classes}: {k!r} is not a class, 0 to {len(names) - 1}")
     if len(names) == 1 and cfg_scale != 1:
         dist.print(f"cfg_scale={cfg_scale}: the generator knows one class, so guidance has nothing to push towards")
-    labels = np.resize([int(name) for name in chosen], num_samples or per_class * len(chosen))  # in turn, repeated
+    labels = np.resize([int(k) for k in chosen], num_samples or per_class * len(chosen))  # in turn, repeated
 
     # All processes fill one file, which outlives them, so that a stopped run can continue.
     runtime.make_folder(out_dir, dist)
     part = os.path.join(out_dir, "samples.part")
     about = {"generator": runtime.fingerprint(weights), "tokenizer": runtime.fingerprint(tcae.state_dict()),
              "labels": runtime.fingerprint({"": torch.from_numpy(labels)}), "steps": steps, "method": method,
-             "cfg_scale": cfg_scale, "cfg_interval": list(cfg_interval), "seed": seed, "dtype": dtype}
-    if dist.first and data.Store.differences(part, about):
-        os.remove(part)  # it holds other samples, begun with other constants
+             "cfg_scale": cfg_scale, "cfg_interval": list(cfg_interval), "seed": seed, "dtype": str(dist.dtype)}
+    if dist.first and (differences := data.Store.differences(part, about)):
+        print(f"{part} was begun with other constants ({differences}): begun anew")
+        os.remove(part)
     store = data.Store(part, about, len(labels), (tcae.image_size, tcae.image_size, 3), np.uint8, dist)
     mine = store.to_do(dist)[dist.rank::dist.count]
     for k in runtime.bar(range(0, len(mine), batch_size), dist, desc="sampling", unit="batch"):
@@ -88,7 +88,7 @@ def main():
             break
     store.flush()
     if dist.stop_requested():  # only here, since processes may have different numbers of batches
-        dist.print(f"SIGTERM: {part} keeps what is drawn; the same command goes on from there")
+        dist.print(f"stopped: {part} keeps what is drawn; the same command goes on from there")
         return dist.close()
 
     path = os.path.join(out_dir, "samples.npz" if num_samples else "samples.png")

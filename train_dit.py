@@ -83,11 +83,11 @@ def check_constants(dist):
 @torch.no_grad()
 def draw_samples(ema, tcae, shape, class_names, path, dist):
     """Draws a grid of EMA samples, four of each of the first ten classes, from the same noise every time."""
-    rng, columns, null_class = np.random.default_rng(seed), min(10, len(class_names)), len(class_names)
+    rng, columns = np.random.default_rng(seed), min(10, len(class_names))
     labels = torch.arange(columns).repeat(4).to(dist.device)
     noise = torch.from_numpy(rng.standard_normal((len(labels), *shape), np.float32)).to(dist.device)
     with dist.autocast():
-        velocity = cfg_velocity(ema, labels, null_class, sample_cfg_scale)
+        velocity = cfg_velocity(ema, labels, ema.null_class, sample_cfg_scale)
         z = sample_flow(velocity, noise, sample_steps, shift_base=shift_base)
         images = data.to_uint8(tcae.decode(z)).cpu()
     data.save_grid(path, images, columns, class_names[:columns])
@@ -110,10 +110,9 @@ def main():
 
     # The data: latents from the cache, or pixels to encode in every step
     images = data.open_split(data_dir or tcae.data_dir, "train", tcae.image_size, tcae.shapes_images)
-    classes = len(images.classes)
     check(batch_size <= len(images), f"batch_size={batch_size} is more than the {len(images)} training images")
     check(not resumed or (resumed["images"], resumed["classes"]) == (len(images), images.classes),
-          f"data_dir has {len(images)} training images of {classes} classes, others than {path} began with")
+          f"data_dir has {len(images)} training images of {len(images.classes)} classes, others than {path} began with")
     store, cache_path = None, cache or os.path.join(out_dir, "latents.cache")
     try:
         if isinstance(tcae, Foreign):
@@ -121,7 +120,7 @@ def main():
         if cache_latents:
             store = fill_cache(cache_path, tcae, images, rebuild_cache, workers, dist)
     except runtime.Stopped:
-        dist.print(f"SIGTERM: {cache_path} keeps what is encoded; the next run goes on from there")
+        dist.print(f"stopped: {cache_path} keeps what is encoded; the next run goes on from there")
         return dist.close()
     source = Pairs(images, tcae.image_size, store)
     steps_per_epoch = len(images) // batch_size
@@ -129,20 +128,20 @@ def main():
 
     # The generator, its averaged weights and its optimizer
     torch.manual_seed(seed)  # again: encoding may have used random numbers
-    model = LightningDiT(size, channels, side, classes).to(dist.device)
+    model = LightningDiT(size, channels, side, len(images.classes)).to(dist.device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    optimizer = optim.Optimizer(model, constants, dist)
+    optimizers = optim.Optimizer(model, constants, dist)
     dist.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(images)} images of "
-               f"{classes} classes as latents {' × '.join(map(str, shape))}; {steps} steps of {batch_size}")
+               f"{len(images.classes)} classes as latents {' × '.join(map(str, shape))}; {steps} steps of {batch_size}")
     start = resumed["step"] if resumed else 0
     if resumed:
         model.load_state_dict(resumed["model"])
         ema.load_state_dict(resumed["ema"])
-        optimizer.load_state_dict(resumed["optimizer"])
+        optimizers.load_state_dict(resumed["optimizer"])
         dist.print(f"resumed from {path} at step {start}")
     trained, averaged = list(model.parameters()), list(ema.parameters())
-    # On a CPU, compiling takes 10 to 40 s and saves a quarter of every step, so it pays in a run of minutes. Constants
-    # alone decide, so that a resumed run decides alike.
+    # On a CPU, compiling takes 10 to 40 s and saves a quarter of every step, so it pays in a run of minutes, which
+    # 2e13 operations take. Constants alone decide, so that a resumed run decides alike.
     operations = 6 * sum(p.numel() for p in trained) * side**2 * batch_size * steps  # 6 for each weight and token
     if dist.compiles(compile, pays=operations > 2e13):
         compile_blocks(model, ema)
@@ -169,7 +168,7 @@ def main():
             t = torch.tensor([1 / (1 + np.exp(-rng.standard_normal())) for rng in rngs], dtype=torch.float32)
             noise = torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))
             dropped = torch.tensor([rng.random() < label_dropout for rng in rngs])
-            labels = torch.where(dropped, classes, batch["label"])
+            labels = torch.where(dropped, model.null_class, batch["label"])
 
             # The latents z of the images or their mirror images, normalised per channel by TCAE.encode. (Without a
             # cache, x is still pixels.)
@@ -188,7 +187,7 @@ def main():
 
         # Update the weights, and their moving average, which is the one to sample from.
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or float("inf"))
-        optimizer.step(lr)
+        optimizers.step(lr)
         runtime.update_ema(averaged, trained, ema_momentum)
         progress.add({"loss": total, "grad_norm": grad_norm})
 
@@ -208,11 +207,11 @@ def main():
             if keeping:
                 runtime.save_checkpoint(os.path.join(out_dir, f"step-{done}.pt"), to_sample)
             if saving:
-                to_resume = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                to_resume = {"model": model.state_dict(), "optimizer": optimizers.state_dict()}
                 runtime.save_checkpoint(path, {**to_sample, **to_resume})
         if stopping and not last:
             progress.bar.close()
-            dist.print(f"SIGTERM: saved {path} at step {done}; --resume=True goes on from there")
+            dist.print(f"stopped: saved {path} at step {done}; --resume=True goes on from there")
             return dist.close()
         if drawing and dist.first:
             draw_samples(ema, tcae, shape, images.classes, picture, dist)

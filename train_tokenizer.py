@@ -25,7 +25,7 @@ from model import IBOTHead, JointTokenizer, TCAE, compile_blocks, output_patch, 
 from runtime import check
 
 # Data
-data_dir = "imagenet"  # folder with train/CLASS/*.jpg and val/CLASS/*.jpg, or "shapes" for built-in images
+data_dir = "imagenet"  # folder with train/CLASS/ and val/CLASS/, Kaggle's ImageNet, or "shapes" for built-in images
 image_size = 256  # side of the crop to reconstruct, pixels
 shapes_images = 20000  # how many shapes to train on if data_dir = "shapes"
 workers = 8  # loading processes per training process; 0 = load in the training process
@@ -174,7 +174,7 @@ def main():
         multi_crop = ssl.MultiCrop(global_crop_size, global_crop_scale, local_crop_size, local_crop_scale, local_crops,
                                    tcae.encoder.output_patch, method["masks"])
     model = JointTokenizer(tcae, heads, multi_crop and multi_crop.masks)
-    optimizer = optim.Optimizer(model, constants, dist,
+    optimizers = optim.Optimizer(model, constants, dist,
                                 undecayed=lambda name, p: p.ndim <= 1 or name.endswith("_token"))
     dist.print(f"parameters: encoder {count_parameters(tcae.encoder, tcae.bottleneck):.1f} M, "
                f"decoder {count_parameters(tcae.decoder):.1f} M"
@@ -184,7 +184,7 @@ def main():
     if resumed:
         start = resumed["step"]
         tcae.load_state_dict(resumed["tokenizer"])
-        optimizer.load_state_dict(resumed["optimizer"])
+        optimizers.load_state_dict(resumed["optimizer"])
         if heads:
             heads.load_state_dict(resumed["heads"])
             teacher.load_state_dict(resumed["teacher"])
@@ -196,7 +196,7 @@ def main():
             runtime.save_checkpoint(path, {
                 **runtime.header("tokenizer", constants, dist), "step": step, "finished": finished,
                 "images": len(train),
-                "tokenizer": tcae.state_dict(), "optimizer": optimizer.state_dict(),
+                "tokenizer": tcae.state_dict(), "optimizer": optimizers.state_dict(),
                 **({"heads": heads.state_dict(), "teacher": teacher.state_dict(), "centers": ibot.centers}
                    if heads else {})})
 
@@ -212,7 +212,6 @@ def main():
 
     done, stopping = start, False
     for step in range(start, steps):
-        torch.manual_seed(hash((seed, step, dist.rank)) % 2**63)  # unused, unless you add dropout: data has its own rng
         lr = runtime.cosine(step, steps, learning_rate, min_learning_rate, warmup_steps)
         temperature = ssl.teacher_temperature(step / steps_per_epoch, teacher_temp_warmup_epochs, *teacher_temp)
 
@@ -266,7 +265,7 @@ def main():
             for head in heads.values():
                 head.prototypes.grad = None
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf"))
-        optimizer.step(lr)
+        optimizers.step(lr)
 
         # Update the centres, and the teacher as a moving average of the student whose momentum rises to 1.
         if heads:
@@ -305,7 +304,7 @@ def main():
     except runtime.Stopped:
         stopping = True
     if stopping:
-        dist.print(f"SIGTERM: saved {path} at step {done}; --resume=True goes on from there")
+        dist.print(f"stopped: saved {path} at step {done}; --resume=True goes on from there")
     dist.close()
 
 

@@ -3,8 +3,8 @@
     python runs/cifar10_features.py --data_dir=cifar10                  # a residual network, for eval.py --feature_net
     python runs/cifar10_features.py --data_dir=cifar10 --network=vgg    # a VGG, for --lpips_net
 
-The first takes uint8 images and returns features and logits, as `feature_net` does; Fréchet distances in its features are
-called FD (CIFAR-10 classifier), never FID. The second takes images in [-1, 1] and returns its feature maps, as
+The first takes uint8 images and returns features and logits, as `feature_net` does; Fréchet distances in its features
+are called FD (CIFAR-10 classifier), never FID. The second takes images in [-1, 1] and returns its feature maps, as
 `lpips_net` does. They share neither architecture nor seed, so what is trained against one is judged by the other.
 """
 import sys
@@ -158,9 +158,9 @@ def main():
             logits = net(x)[1]
         loss = F.cross_entropy(logits.float(), labels[chosen].to(dist.device), label_smoothing=0.1)
         loss.backward()
-        peak = learning_rate * min((step + 1) / (0.2 * steps), (steps - step) / (0.8 * steps))
-        for optimizer, rate in (muon, peak), (adamw, peak / 3):
-            optimizer.param_groups[0]["lr"] = rate
+        rate = learning_rate * min((step + 1) / (0.2 * steps), (steps - step) / (0.8 * steps))
+        for optimizer, factor in (muon, 1), (adamw, 1 / 3):
+            optimizer.param_groups[0]["lr"] = rate * factor
             optimizer.step()
             optimizer.zero_grad()
         if (step + 1) % 50 == 0:

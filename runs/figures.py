@@ -157,7 +157,7 @@ def colours():
     draw(axes[0], pixels[:10].numpy() / 255, "images")
     for panel, (path, name) in zip(axes[1:], rows):
         tcae = TCAE.from_checkpoint(runtime.load_checkpoint(path, "study_dir", kind="tokenizer"))
-        _, tokens, _ = tcae.encode_with_tokens(data.to_float(pixels, "cpu"))  # (B, h w, D)
+        _, tokens, _ = tcae.encode(data.to_float(pixels, "cpu"), with_tokens=True)  # (B, h w, D)
         flat = (tokens - tokens.mean((0, 1))).flatten(0, 1)
         _, _, directions = torch.pca_lowrank(flat, q=3, center=False, niter=8)
         scores = (flat @ directions).unflatten(0, tokens.shape[:2])

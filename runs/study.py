@@ -7,8 +7,8 @@
     python runs/study.py --rows=all --print_only=True                             # the table and the verdicts
 
 A row is a tokenizer and a generator on its latents, named as in runs/tables.py; p = 16, 8, 4 are 4, 16, 64 tokens for 4
-latent positions. All rows of a seed share data, order, steps, generator and evaluation. Stopped and called again, it goes
-on where it was; a finished cell is never run again. Results go to docs/study/ROW-seedN/, checkpoints stay in out_dir.
+latent positions. All rows of a seed share data, order, steps, generator and evaluation. Stopped and called again, it
+goes on where it was; a finished cell is never run again. Results go to docs/study/ROW-seedN/, checkpoints stay in out_dir.
 """
 import json
 import os
@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 
+import data
 import runtime
 from runtime import check
 
@@ -32,6 +33,7 @@ seeds = (0, 1)  # of weights, order and noise; one alone is 0,
 tokenizer_config = "config/study_tokenizer.py"
 dit_config = "config/study_dit.py"
 feature_net = "out/cifar10_resnet.pt2"  # what FD and IS are measured with
+downsample = 16  # side of its latent positions, pixels, for the seams between them
 samples = 5000  # of each generator, without and with guidance
 cfg_scale = 2.0  # guidance
 dtype = "bfloat16"  # of every run, so that no row differs in it; float32 where that is faster
@@ -66,18 +68,22 @@ CLAIMS = [
 ]
 
 
-def seams(images, f):
-    """How much more pixels differ from their neighbours across borders of latent positions, f pixels apart, than
-    elsewhere: 1 = no more. images: uint8 (N, H, H, 3)."""
-    across = [np.abs(np.diff(images.astype(np.float32), axis=axis)).mean((0, 3 - axis, 3)) for axis in (1, 2)]
-    steps = sum(across) / 2  # (H - 1,), between pixels k and k + 1
-    border = np.arange(1, len(steps) + 1) % f == 0
-    return float(steps[border].mean() / steps[~border].mean())
+def seams(samples, photographs, f):
+    """How much more pixels differ from their neighbours across the borders of latent positions, f pixels apart, than
+    elsewhere, divided by the same of photographs: 1 = no seams. Both: uint8 (N, H, H, 3)."""
+    def excess(images):
+        down, right = (np.abs(np.diff(images.astype(np.float32), axis=axis)).mean((0, 3 - axis, 3)) for axis in (1, 2))
+        border = np.arange(1, len(down) + 1) % f == 0  # down, right: (H - 1,), between pixels k and k + 1
+        return (down + right)[border].mean() / (down + right)[~border].mean()
+
+    return float(excess(samples) / excess(photographs))
 
 
 def run_cell(row, seed):
     """Everything that a cell lacks, one command after the other."""
     kept, folder = Path(results, f"{row}-seed{seed}"), Path(out_dir, f"{row}-seed{seed}")
+    if all((kept / f"{file}.json").exists() for file, _ in COLUMNS.values()):
+        return
     kept.mkdir(parents=True, exist_ok=True)
     tokenizer, dit = folder / "tokenizer" / "checkpoint.pt", folder / "dit" / "checkpoint.pt"
     evaluate = dict(feature_net=feature_net, lpips_net="none", workers=0)
@@ -108,9 +114,10 @@ def run_cell(row, seed):
     sample("samples", 1)
     sample("guided", cfg_scale)
     if not (kept / "seams.json").exists():
-        f = runtime.load_checkpoint(tokenizer, "out_dir")["constants"]["downsample"]
+        source = data.open_split(data_dir, "val", 0, 0)
+        photographs = np.stack([np.asarray(source.load(i)) for i in data.spread(source, samples)])
         with np.load(folder / "samples" / "samples.npz") as file:
-            (kept / "seams.json").write_text(json.dumps({"seams": seams(file["arr_0"], f)}))
+            (kept / "seams.json").write_text(json.dumps({"seams": seams(file["arr_0"], photographs, downsample)}))
     for log in tokenizer, dit:  # how it went: every tenth line or so is enough for a curve
         lines = (log.parent / "log.jsonl").read_text().splitlines()
         (kept / f"{log.parent.name}.log.jsonl").write_text("\n".join(lines[::max(1, len(lines) // 40)]) + "\n")
@@ -167,13 +174,15 @@ def main():
         return run_cell(row, int(seed))
     if not print_only:
         waiting, running = [f"{row}:{seed}" for seed in seeds for row in chosen], []
+        failed = 0
         while waiting or running:
             while waiting and len(running) < jobs:
                 running.append(subprocess.Popen([sys.executable, __file__, *sys.argv[1:], f"--cell={waiting.pop(0)}"]))
             time.sleep(1)
             for process in [process for process in running if process.poll() is not None]:
                 running.remove(process)
-                check(process.returncode == 0, "a cell has failed (above); the same command goes on with the others")
+                failed += process.returncode != 0
+        check(not failed, f"{failed} cells have failed (above); the same command tries them again")
     print_results(chosen)
 
 

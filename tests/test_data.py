@@ -264,7 +264,7 @@ def test_imagenet_as_kaggle_packs_it(tmp_path, table):
         rows = [f"ILSVRC2012_val_{k:08},{name} 85 1 499 272" for k, name in sorted(wanted.items(), reverse=True)]
         (tmp_path / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *rows]) + "\n")
     elif table == "none":
-        assert "a flat val/ needs a table" in failure(data.open_splits, tmp_path, 32, 0)
+        assert "LOC_val_solution.csv" in failure(data.open_splits, tmp_path, 32, 0)
         return
     else:
         kit = tmp_path / "ILSVRC2012_devkit_t12" / "data"
@@ -626,6 +626,6 @@ def test_a_store_without_room_is_one_line(tmp_path, monkeypatch):
     """Before hours of encoding, and nothing is left behind."""
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=4 * 10**6))
     message = failure(data.Store, str(tmp_path / "latents.cache"), {}, 1000, (2, 1000), np.float16)
-    assert message.endswith("latents.cache will take 0.00401 GB, and 0.004 are free there")
+    assert message.endswith("latents.cache needs 0.00401 GB, but only 0.004 are free there")
     assert not list(tmp_path.iterdir())
     data.Store(str(tmp_path / "latents.cache"), {}, 900, (2, 1000), np.float16)

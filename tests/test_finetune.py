@@ -17,7 +17,7 @@ from conftest import ROOT, fork_two
 from finetune_decoder import Discriminator, DiscriminatorHead, ImageNorm, augment_differentiably
 from model import TCAE
 from pretrained import DINO
-from test_train_dit import arguments, checkpoint, failure, log, run_here, tensors
+from test_train_dit import arguments, checkpoint, failure, latents_of, log, run_here, tensors
 from test_train_tokenizer import TINY, stop_after
 
 FINETUNE = dict(lpips_weight=0, adversarial_weight=0.75, discriminator_start=1,
@@ -331,7 +331,7 @@ def test_a_finetuning_changes_the_decoder_alone(joint, straight):
         assert after["constants"][name] == before["constants"][name] == TINY.get(name, "conv"), name
     same = {name for name in before["tokenizer"] if torch.equal(before["tokenizer"][name], after["tokenizer"][name])}
     assert same == {name for name in before["tokenizer"] if not name.startswith("decoder.")}
-    assert runtime.latents_of(before) == runtime.latents_of(after)
+    assert latents_of(before) == latents_of(after)
     assert TCAE.from_checkpoint(after).decode(torch.zeros(1, 6, 4, 4)).shape == (1, 3, 32, 32)
     steps = [line for line in log(straight) if "loss" in line]
     assert len(steps) == 15 and log(straight)[-1]["val_psnr"] > 5

@@ -104,6 +104,11 @@ def draw(base, tmp_path):
     return call
 
 
+def latents_of(saved):
+    """What ties a cache to a tokenizer: its weights without the decoder's."""
+    return runtime.fingerprint(saved["tokenizer"], without="decoder.")
+
+
 def failure(call, **changes):
     """The one line with which a run ends."""
     with pytest.raises(SystemExit) as error:
@@ -202,7 +207,7 @@ def test_the_cache_says_what_it_was_made_from(base):
     with open(base / "latents.cache", "rb") as file:
         about = json.loads(file.read(4096))
     saved = checkpoint(base / "tokenizer")
-    assert about["tokenizer"] == runtime.latents_of(saved) and about["images"] == IMAGES
+    assert about["tokenizer"] == latents_of(saved) and about["images"] == IMAGES
     assert about["files"] == data.Shapes("train", 10, 32).fingerprint()
 
 
@@ -285,7 +290,7 @@ def test_an_encoding_that_is_stopped_goes_on_where_it_stopped(base, train, tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(TCAE, "encode", lambda *given: (signal.raise_signal(signal.SIGTERM), encode(*given))[1])
         train(cache=cache)
-    assert f"SIGTERM: {cache}" in capsys.readouterr().out
+    assert f"stopped: {cache}" in capsys.readouterr().out
     assert (open_cache(cache)[0] == np.repeat([1, 0], [128, IMAGES - 128])).all()
     assert not (tmp_path / "checkpoint.pt").exists()
     encoded.clear()
@@ -468,7 +473,7 @@ def test_a_run_leaves_what_it_promises(base):
     assert picture.width >= 10 * 96 and picture.height >= 4 * 96
     assert state["kind"] == "dit" and state["step"] == 40 and state["classes"] == data.Shapes.classes
     assert tuple(state["latent_shape"]) == SHAPE
-    assert state["latents_of"] == runtime.latents_of(checkpoint(base / "tokenizer"))
+    assert state["latents_of"] == latents_of(checkpoint(base / "tokenizer"))
     assert {path.name for path in (base / "run").glob("[!.]*")} == {"checkpoint.pt", "log.jsonl", "samples.png"}
 
 
@@ -559,7 +564,7 @@ def test_a_run_that_is_stopped_and_resumed_ends_with_the_same_weights(base, trai
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGTERM)
     printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 0 and "SIGTERM" in printed and str(tmp_path / "checkpoint.pt") in printed
+    assert process.returncode == 0 and "stopped: saved" in printed and str(tmp_path / "checkpoint.pt") in printed
     stopped = checkpoint(tmp_path)["step"]
     assert 0 < stopped < 40
 
@@ -797,7 +802,7 @@ def test_sampling_that_is_stopped_goes_on_where_it_stopped(samples, draw, tmp_pa
         patch.setattr(sample, "draw", interrupted)
         draw(**same)
     assert [path.name for path in (tmp_path / "samples").glob("[!.]*")] == ["samples.part"]
-    assert f"SIGTERM: {tmp_path / 'samples' / 'samples.part'}" in capsys.readouterr().out
+    assert f"stopped: {tmp_path / 'samples' / 'samples.part'}" in capsys.readouterr().out
     monkeypatch.setattr(sample, "draw", lambda dit, tcae, indices, *others:
                         (drawn.extend(indices), draw_batch(dit, tcae, indices, *others))[1])
     folder = draw(**same)
