@@ -4,6 +4,7 @@
     python runs/figures.py --only=study         # from docs/study/*.json: quality, structure loss, claim by claim
     python runs/figures.py --only=colours       # from out/study: the tokens as colours, without and with SSL
 """
+import json
 import os
 import sys
 from pathlib import Path
@@ -117,11 +118,24 @@ def flow():
 
 
 def study_figure():
-    """study.png: PSNR, structure loss and gFD of Table 2's rows, a dot for each seed, with the paper's numbers."""
+    """study.png: PSNR, structure loss and gFD of Table 2's rows, a dot for each seed, with the paper's numbers; and how
+    much neighbouring pixels of samples differ, where the borders of latent positions show as peaks."""
     columns = [("PSNR", "PSNR, dB ↑", (25.13, 25.72, 24.84, 24.21)),
                ("structure loss", "structure loss ↓", None),
                ("gFD", "gFD ↓", (44.72, 32.92, 25.36, 16.39))]
-    figure, panels = plt.subplots(1, 3, figsize=(9, 2.5))
+    figure, (*panels, profile) = plt.subplots(1, 4, figsize=(11.5, 2.5))
+    for row, name, colour in ("p4-none", "one bottleneck", GREY), ("p4-stc-none", "staged", BLUE):
+        path = Path(study.results, f"{row}-seed0", "seams.json")
+        if path.exists():
+            kept = json.loads(path.read_text())
+            places = range(1, len(kept["samples"]) + 1)
+            profile.plot(places, kept["samples"], color=colour, lw=1.5, label=name)
+            if row == "p4-none":
+                profile.plot(places, kept["photographs"], color=INK, lw=0.8, ls=":", label="photographs")
+    profile.set_title("seams: how much neighbouring\npixels of samples differ", fontsize=9.5)
+    profile.set(xlabel="pixel; 16 is the latent's border", ylim=(0, None))
+    if profile.lines:
+        profile.legend(fontsize=7, frameon=False, loc="lower left")
     for axes, (column, label, paper) in zip(panels, columns):
         for k, row in enumerate(TABLE_2):
             values = [value for s in study.seeds if (value := study.measured(row, s, column)) is not None]
@@ -129,7 +143,7 @@ def study_figure():
             if values:
                 axes.plot([k - 0.25, k + 0.25], [np.mean(values)] * 2, color=(GREY, BLUE, ORANGE, GREEN)[k], lw=2)
         axes.set_xticks(range(4), [f"{name}\n({paper[k]:g})" if paper else name
-                                   for k, name in enumerate(TABLE_2.values())])
+                                   for k, name in enumerate(TABLE_2.values())], fontsize=8)
         axes.set_title(label, fontsize=9.5)
         axes.margins(x=0.15, y=0.25)
     figure.text(0.5, -0.04, "CIFAR-10, 64 tokens for 4 latent positions; below each row in brackets the paper's number "

@@ -68,15 +68,16 @@ CLAIMS = [
 ]
 
 
-def seams(samples, photographs, f):
-    """How much more pixels differ from their neighbours across the borders of latent positions, f pixels apart, than
-    elsewhere, divided by the same of photographs: 1 = no seams. Both: uint8 (N, H, H, 3)."""
-    def excess(images):
-        down, right = (np.abs(np.diff(images.astype(np.float32), axis=axis)).mean((0, 3 - axis, 3)) for axis in (1, 2))
-        border = np.arange(1, len(down) + 1) % f == 0  # down, right: (H - 1,), between pixels k and k + 1
-        return (down + right)[border].mean() / (down + right)[~border].mean()
+def differences(images):
+    """How much pixels k and k + 1 of a row or a column differ on average: uint8 (N, H, H, 3) -> (H - 1,)."""
+    return sum(np.abs(np.diff(images.astype(np.float32), axis=axis)).mean((0, 3 - axis, 3)) for axis in (1, 2)) / 2
 
-    return float(excess(samples) / excess(photographs))
+
+def seams(samples, photographs, f):
+    """How much larger `differences` are across the borders of latent positions, f pixels apart, than elsewhere, divided
+    by the same of photographs: 1 = no seams."""
+    border = np.arange(1, len(samples) + 1) % f == 0
+    return (samples[border].mean() / samples[~border].mean()) / (photographs[border].mean() / photographs[~border].mean())
 
 
 def run_cell(row, seed):
@@ -115,9 +116,11 @@ def run_cell(row, seed):
     sample("guided", cfg_scale)
     if not (kept / "seams.json").exists():
         source = data.open_split(data_dir, "val", 0, 0)
-        photographs = np.stack([np.asarray(source.load(i)) for i in data.spread(source, samples)])
+        photographs = differences(np.stack([np.asarray(source.load(i)) for i in data.spread(source, samples)]))
         with np.load(folder / "samples" / "samples.npz") as file:
-            (kept / "seams.json").write_text(json.dumps({"seams": seams(file["arr_0"], photographs, downsample)}))
+            drawn = differences(file["arr_0"])
+        (kept / "seams.json").write_text(json.dumps({"seams": float(seams(drawn, photographs, downsample)), "samples":
+                                                     drawn.tolist(), "photographs": photographs.tolist()}))
     for log in tokenizer, dit:  # how it went: every tenth line or so is enough for a curve
         lines = (log.parent / "log.jsonl").read_text().splitlines()
         (kept / f"{log.parent.name}.log.jsonl").write_text("\n".join(lines[::max(1, len(lines) // 40)]) + "\n")
