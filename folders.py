@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from runtime import check
+from runtime import check, fail
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp"}
 HIDDEN = ".", "@eaDir", "__MACOSX"  # how names begin that a Mac or a file server adds
@@ -35,7 +35,10 @@ class ImageFolder:
         folders = folders or {"": root}
         self.classes, others = sorted(folders), []
         for label, name in enumerate(self.classes):
-            files = sorted(files_below(folders[name]))
+            try:
+                files = sorted(files_below(folders[name]))
+            except OSError as error:
+                fail(f"{constant}: {error.filename} can't be read: {error.strerror}", everywhere=False)
             found = [path for path in files if Path(path).suffix.lower() in EXTENSIONS]
             check(found, f"{constant}: the folder {Path(root, name)} holds no images ({', '.join(sorted(EXTENSIONS))})")
             self.paths += found

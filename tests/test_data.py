@@ -281,6 +281,20 @@ def test_imagenet_as_kaggle_packs_it(tmp_path, table):
     assert "has no class for" in failure(data.open_splits, tmp_path, 32, 0)
 
 
+def test_a_folder_that_can_not_be_read_is_one_line(folder, monkeypatch):
+    """As the operating system says it. (Tests may run as root, who may read everything.)"""
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(getattr(path, "path", path)).endswith("dog"):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    message = failure(data.open_split, folder, "train", 32, 0)
+    assert message == f"error: data_dir: {folder / 'train' / 'dog'} can't be read: Permission denied"
+
+
 def test_images_without_classes_are_one_class(tmp_path):
     for split, count in ("train", 3), ("val", 2):
         (tmp_path / split).mkdir()

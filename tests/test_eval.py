@@ -427,6 +427,24 @@ def test_tokenizer_s_and_pairs_table(tokenizer, net, evaluate, monkeypatch, tmp_
     assert table["structure loss"] == pytest.approx(1 - after / before)
 
 
+def test_images_without_classes_have_no_probes(tokenizer, evaluate, tmp_path, capsys):
+    """And nothing is encoded for them."""
+    for split, count in ("train", 3), ("val", 2):
+        folder_of(pictures(count), tmp_path / "photos" / split)
+    table = evaluate(tokenizer=tokenizer, data_dir=tmp_path / "photos", feature_net="none", lpips_net="none")
+    assert all(table[name] is None for name in PROBES) and table["PSNR"] > 0
+    assert "fitted on 0 training images" in table["measured"] and "no probes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("labels, found", [(np.arange(12) % 5, True), (np.arange(12), False), (np.zeros(12), False),
+                                           (np.zeros((12, 1), int), False), (np.full(12, -1), False)])
+def test_only_one_class_for_each_sample_is_compared(evaluate, net, tmp_path, labels, found):
+    """arr_1 of other people's files may be anything."""
+    np.savez(tmp_path / "a.npz", arr_0=pictures(12).numpy(), arr_1=labels)
+    table = evaluate(samples=tmp_path / "a.npz", reference=folder_of(pictures(12), tmp_path / "b"), feature_net=net)
+    assert ("recognised (net.pt2)" in table) == found
+
+
 @pytest.mark.parametrize("values", [20, 300])
 def test_pca_is_numpy_s(values, monkeypatch):
     """The baseline's PSNR, by a singular value decomposition in float64; with more values than pixels it has no error.
