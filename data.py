@@ -321,8 +321,9 @@ class Store:
             dist.wait()
         check(os.path.getsize(path) == size,  # memmap would pad it with zeros
               f"{path} has {os.path.getsize(path)} bytes, not {size}: a partial copy; remove it or copy it again")
-        self.state = np.memmap(path, np.uint8, "r+", self.HEADER, (count,))
-        self.items = np.memmap(path, dtype, "r+", self.HEADER + count, (count, *shape))
+        mode = "r+" if os.access(path, os.W_OK) else "r"  # a complete one may be read-only
+        self.state = np.memmap(path, np.uint8, mode, self.HEADER, (count,))
+        self.items = np.memmap(path, dtype, mode, self.HEADER + count, (count, *shape))
 
     def __reduce__(self):  # workers that are not forked get the path, not the contents
         return Store, self.given

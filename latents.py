@@ -148,7 +148,7 @@ class Pairs:
             pixels = data.center_crop(self.images.load(i), self.image_size)
             pair = np.stack([pixels, pixels[:, ::-1]])
         elif self.store.state[i] == 1:
-            pair = self.store.items[i]
+            pair = np.array(self.store.items[i])
         else:
             raise OSError("this image could not be used when the cache was filled")
         return {"pair": pair, "label": self.images.labels[i], "index": i}
@@ -187,6 +187,8 @@ def fill_cache(path, tcae, images, rebuild, workers, dist):
     """The cache at `path`, completed: each process encodes its share of what it lacks."""
     store = open_store(path, tcae, images, rebuild, len(images), (2, *tcae.latent_shape), np.float16, dist)
     todo = store.to_do(dist)
+    if not len(todo):
+        return store
     batch = max(1, data.eval_batch(tcae.image_size) // 2)  # with the mirror images twice as many
     for pixels, indices in data.eval_loader(images, tcae.image_size, batch, dist, workers, indices=todo,
                                             title="encoding the data set once"):

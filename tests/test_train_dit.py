@@ -218,6 +218,17 @@ def test_a_cache_is_made_once(base, train, forbid_encoding):
     assert (base / "latents.cache").read_bytes() == before
 
 
+def test_a_complete_cache_may_be_read_only(base, train, tmp_path, forbid_encoding, monkeypatch):
+    """Shared among users. (Tests may run as root, who may write everything.)"""
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: not str(path).endswith("latents.cache") and access(path, mode))
+    before = (base / "latents.cache").read_bytes()
+    train(cache=base / "latents.cache", epochs=1, decay_epoch=1)
+    assert (base / "latents.cache").read_bytes() == before
+    with pytest.raises(ValueError, match="read-only"):
+        open_cache(base / "latents.cache")[0][0] = 1
+
+
 def test_the_cache_stands_in_out_dir_unless_it_is_told_otherwise(base, train, tmp_path):
     """With the same content."""
     train(cache="", epochs=1, decay_epoch=1)
