@@ -171,7 +171,7 @@ def test_no_step_of_finetuning_waits(on_meta, tmp_path):
 
 
 def test_no_step_of_the_generator_waits(on_meta, tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "latents_of", lambda saved: "")
+    monkeypatch.setattr(runtime, "fingerprint", lambda weights, without=(): "")
     on_meta(train_dit, **GENERATOR, tokenizer=tmp_path / "tokenizer.pt", cache_latents=False)
 
 
