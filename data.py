@@ -54,8 +54,8 @@ def open_splits(data_dir, image_size, shapes_images, batch_size=1, resumed=None)
     from the checkpoint `resumed` must find as many as it began with."""
     train, val = (open_split(data_dir, split, image_size, shapes_images) for split in ("train", "val"))
     check(train.classes == val.classes or [""] not in (train.classes, val.classes),
-          f"data_dir={data_dir}: only one of train/ and val/ has class folders; sort the other's images into some, or put "
-          f"ImageNet's {KAGGLE_TABLE} or {DEVKIT} beside it")
+          f"data_dir={data_dir}: only one of train/ and val/ has class folders; sort the other's images into some, or "
+          f"put ImageNet's {KAGGLE_TABLE} or {DEVKIT} beside it")
     odd = sorted(set(train.classes) ^ set(val.classes))
     check(not odd, "data_dir: the training and the validation images must have the same classes, but only one of them "
                    f"has {', '.join(odd[:5])}" + (f" and {len(odd) - 5} more" if len(odd) > 5 else ""))

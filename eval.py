@@ -7,7 +7,7 @@
 
 Reconstruction: rFID, PSNR, SSIM, LPIPS. Generation: gFID, IS, and with a `feature_net` of the generator's classes, in
 their order, the share of samples that it gives the class they were drawn for, "recognised". Linear probes (Table 1):
-the accuracy R_tok of a linear classifier on average-pooled image tokens, R_lat of one on average-pooled latents, and the
+the accuracy R_tok of a linear classifier on average-pooled tokens, R_lat of one on average-pooled latents, and the
 structure loss, 1 - R_lat / R_tok; also a probe on [CLS] and pooled tokens together, as in DINOv2's evaluation.
 Prints a table and writes it to eval.json, beside the checkpoint or the samples.
 """
@@ -104,7 +104,7 @@ def open_images(path, constant):
 
 
 def drawn_classes(images, classes):
-    """The class that each sample was drawn for, arr_1 of an .npz, (N,); None unless it has one of `classes` for each."""
+    """The class each sample was drawn for, arr_1 of an .npz, (N,); None unless it has one of `classes` for each."""
     labels = np.load(images.root).get("arr_1", np.zeros(0)) if isinstance(images, Npz) else np.zeros(0)
     fits = labels.shape == (len(images),) and labels.dtype.kind in "iu" and 0 <= labels.min() <= labels.max() < classes
     return torch.from_numpy(labels).long() if fits else None

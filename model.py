@@ -312,8 +312,8 @@ class TCAE(nn.Module):
     """The tokenizer: encode(images) -> z, decode(z) -> images.
 
     z (B, c, H / f, W / f) is *already normalised* to mean 0 and variance 1 per channel. The buffers `latent_mean` and
-    `latent_std`, (c, 1, 1), are measured on training images at the end of stage 1 (measure_latents in
-    latents.py) and saved with the weights, so no later stage can mix up scales. Until then they are 0 and 1.
+    `latent_std`, (c, 1, 1), are measured on training images at the end of stage 1 (latents.py's
+    measure_latents) and saved with the weights, so no later stage can mix up scales. Until then they are 0 and 1.
 
     image_size: side of the training images, pixels; patch_size p; downsample f; latent_channels c; encoder, decoder:
     "S", "B", "L" or "width/depth/heads"; stc_depth M: 0 = no staged compression; compression: "conv" or "shuffle"

@@ -175,7 +175,7 @@ def main():
                                    tcae.encoder.output_patch, method["masks"])
     model = JointTokenizer(tcae, heads, multi_crop and multi_crop.masks)
     optimizers = optim.Optimizer(model, constants, dist,
-                                undecayed=lambda name, p: p.ndim <= 1 or name.endswith("_token"))
+                                 undecayed=lambda name, p: p.ndim <= 1 or name.endswith("_token"))
     dist.print(f"parameters: encoder {count_parameters(tcae.encoder, tcae.bottleneck):.1f} M, "
                f"decoder {count_parameters(tcae.decoder):.1f} M"
                + (f", head {count_parameters(heads):.1f} M" if heads else ""))

@@ -1,4 +1,4 @@
-"""The generator on CIFAR-10's latents, after config/cifar10_tokenizer.py: two CPU cores, minutes. On a GPU rather
+"""The generator on CIFAR-10's latents, after config/cifar10_tokenizer.py: two CPU cores, minutes. On a GPU take
 --size=384/12/6 --epochs=200 --decay_epoch=100."""
 tokenizer = "out/cifar10_tokenizer/checkpoint.pt"
 out_dir = "out/cifar10_dit"

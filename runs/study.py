@@ -1,14 +1,14 @@
 """The paper's claim in miniature: Table 2 and its neighbours on CIFAR-10, on two CPU cores.
 
-    python runs/cifar10_features.py --data_dir=cifar10                            # first: what FD is measured with
-    python runs/cifar10_features.py --data_dir=cifar10 --network=vgg              # and the perceptual loss
+    python runs/cifar10_features.py --data_dir=cifar10                            # first: what FD is measured with,
+    python runs/cifar10_features.py --data_dir=cifar10 --network=vgg --epochs=4 --learning_rate=0.2  # perceptual loss
     python runs/study.py --data_dir=cifar10                                       # Table 2's rows, two seeds
     python runs/study.py --data_dir=cifar10 --rows=p16,p8,p16-none,p8-none        # Table 3's
     python runs/study.py --rows=all --print_only=True                             # the table and the verdicts
 
 A row is a tokenizer and a generator on its latents, named as in runs/tables.py; p = 16, 8, 4 are 4, 16, 64 tokens for 4
 latent positions. All rows of a seed share data, order, steps, generator and evaluation. Stopped and called again, it
-goes on where it was; a finished cell is never run again. Results go to docs/study/ROW-seedN/, checkpoints stay in out_dir.
+goes on where it was; a finished cell is never run again. Results go to docs/study/ROW-seedN/, checkpoints to out_dir.
 """
 import json
 import os
@@ -31,9 +31,9 @@ data_dir = "cifar10"  # holds train/CLASS/ and test/CLASS/
 rows = "p4-none,p4-stc-none,p4,p4-stc"  # Table 2's; "all" = every row below
 seeds = (0, 1)  # of weights, order and noise; one alone is 0,
 tokenizer_config = "config/study_tokenizer.py"
+downsample = 16  # as in tokenizer_config, for the seams between latent positions
 dit_config = "config/study_dit.py"
 feature_net = "out/cifar10_resnet.pt2"  # what FD and IS are measured with
-downsample = 16  # side of its latent positions, pixels, for the seams between them
 samples = 5000  # of each generator, without and with guidance
 cfg_scale = 2.0  # guidance
 dtype = "bfloat16"  # of every run, so that no row differs in it; float32 where that is faster
@@ -77,7 +77,8 @@ def seams(samples, photographs, f):
     """How much larger `differences` are across the borders of latent positions, f pixels apart, than elsewhere, divided
     by the same of photographs: 1 = no seams."""
     border = np.arange(1, len(samples) + 1) % f == 0
-    return (samples[border].mean() / samples[~border].mean()) / (photographs[border].mean() / photographs[~border].mean())
+    drawn, real = (x[border].mean() / x[~border].mean() for x in (samples, photographs))
+    return float(drawn / real)
 
 
 def run_cell(row, seed):
@@ -119,8 +120,9 @@ def run_cell(row, seed):
         photographs = differences(np.stack([np.asarray(source.load(i)) for i in data.spread(source, samples)]))
         with np.load(folder / "samples" / "samples.npz") as file:
             drawn = differences(file["arr_0"])
-        (kept / "seams.json").write_text(json.dumps({"seams": float(seams(drawn, photographs, downsample)), "samples":
-                                                     drawn.tolist(), "photographs": photographs.tolist()}))
+        value = {"seams": seams(drawn, photographs, downsample)}
+        value |= {"samples": drawn.tolist(), "photographs": photographs.tolist()}
+        (kept / "seams.json").write_text(json.dumps(value))
     for log in tokenizer, dit:  # how it went: every tenth line or so is enough for a curve
         lines = (log.parent / "log.jsonl").read_text().splitlines()
         (kept / f"{log.parent.name}.log.jsonl").write_text("\n".join(lines[::max(1, len(lines) // 40)]) + "\n")
