@@ -20,6 +20,7 @@ import ssl
 import subprocess
 import sys
 import time
+import timeit
 import zipfile
 from pathlib import Path
 
@@ -94,12 +95,7 @@ class Distributed:
 
         def seconds(dtype):
             a, b = torch.randn(2048, 256).to(dtype), torch.randn(256, 512).to(dtype)
-            times = []
-            for _ in range(8):
-                start = time.perf_counter()
-                a @ b
-                times.append(time.perf_counter() - start)
-            return sorted(times)[len(times) // 2]
+            return sorted(timeit.repeat(lambda: a @ b, number=1, repeat=8))[4]
 
         votes = self.sum(torch.tensor(float(seconds(torch.bfloat16) < 0.5 * seconds(torch.float32))))
         return votes.item() == self.count
@@ -332,6 +328,9 @@ class Progress:
     """
 
     def __init__(self, out_dir, start, steps, batch_size, dist):
+        begins = dict(dist.gather([(f"step {start} of {steps}", os.uname().nodename)]))
+        check(len(begins) == 1, "; ".join(f"{node} begins at {step}" for step, node in begins.items()) +
+              ": all nodes must see the same out_dir and data_dir")
         self.dist, self.batch_size, self.step, self.steps = dist, batch_size, start, steps
         self.checkpoint = Path(out_dir, "checkpoint.pt")
         self.log = Log(Path(out_dir, "log.jsonl"), start) if dist.first else None
@@ -358,8 +357,8 @@ class Progress:
                 fail(f"step {step}: {name} is {value}. {kept}Look for damaged images, or lower learning_rate")
             by_name.setdefault(name, []).append(value)
         seconds = time.perf_counter() - self.since
-        speed = self.batch_size * len(self.pending) / seconds
         means = {name: sum(values) / len(values) for name, values in by_name.items()}
+        speed = self.batch_size * len(self.pending) / seconds
         self.write(**means, lr=lr, seconds=seconds, images_per_second=speed, waiting=waited / seconds)
         shown = {**{name: f"{value:.3f}" for name, value in means.items()}, "img/s": f"{speed:.0f}"}
         self.bar.set_postfix(shown)

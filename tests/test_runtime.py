@@ -602,3 +602,13 @@ def test_lpips_for_training(monkeypatch):
     torch.testing.assert_close(half, plain, rtol=0.01, atol=0)
     assert (half / plain - 1).abs().max() > 1e-5  # it was rounded
     assert torch.cosine_similarity(rounded.flatten(), gradient.flatten(), dim=0) > 0.98
+
+
+def test_processes_that_see_other_files_do_not_train_together(tmp_path):
+    """One node resumes, the other does not see the checkpoint: they would average the gradients of different runs."""
+    def gather(items):
+        return items + [("step 10 of 40", "node-1")]
+
+    message = failure(runtime.Progress, tmp_path, 0, 40, 8, alone(gather=gather))
+    assert "begins at step 0 of 40; node-1 begins at step 10 of 40" in message and "out_dir" in message
+    runtime.Progress(tmp_path, 10, 40, 8, alone(gather=gather))
