@@ -9,6 +9,7 @@ alone; from discriminator_start on the discriminator trains beside it; from adve
 decoder. Writes out_dir/checkpoint.pt, a tokenizer like stage 1's but with the averaged decoder, log.jsonl and
 reconstructions.png.
 """
+import contextlib
 import copy
 import functools
 import math
@@ -32,6 +33,7 @@ workers = 8  # loading processes per training process; 0 = load in the training 
 
 # Objective
 lpips_weight = 1.0  # λ_p; 0 = no perceptual loss, and no download of VGG
+lpips_net = "vgg"  # VGG-16, or a .pt2 file of feature maps, as in train_tokenizer.py
 adversarial_weight = 0.75  # λ_q; 0 = no discriminator
 discriminator_start = 6.0  # epoch from which the discriminator is trained
 adversarial_start = 8.0  # epoch from which its loss counts for the decoder
@@ -180,7 +182,7 @@ def main():
     decoder = tcae.decoder.requires_grad_(True)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay,
                                   fused=dist.device.type in ("cuda", "cpu"))
-    perceptual = pretrained.training_lpips(dist) if lpips_weight else None
+    perceptual = pretrained.training_lpips(dist, lpips_net) if lpips_weight else None
     discriminator = None
     if adversarial_weight:
         torch.manual_seed(seed)  # the same random weights again after a restart
@@ -225,7 +227,7 @@ def main():
 
     done, stopping = start, False
     for step in range(start, steps):
-        torch.manual_seed(hash((seed, step, dist.rank)) % 2**63)  # for the augmentation
+        torch.manual_seed(hash((seed, step, dist.rank)) % 2**63)  # the augmentation's, the same after a restart
         lr = runtime.cosine(step, steps, learning_rate, min_learning_rate, warmup_steps)
         optimizer.param_groups[0]["lr"] = lr
         discriminator_learns = discriminator and step >= discriminator_start * steps_per_epoch
@@ -256,11 +258,10 @@ def main():
             with dist.autocast():
                 adversarial = -discriminator(augment(reconstruction)).mean()
             adv_grad, = torch.autograd.grad(adversarial, reconstruction)
-            norms = []
-            for grad in gradient, adv_grad:
-                last_layer_grad, = torch.autograd.grad(reconstruction, decoder.head.weight, grad, retain_graph=True)
-                norms.append(dist.sum(last_layer_grad).norm())
-            weight = (norms[0] / (norms[1] + 1e-6)).clamp(max=1e4)
+            last_layer = [torch.autograd.grad(reconstruction, decoder.head.weight, grad, retain_graph=True)[0]
+                          for grad in (gradient, adv_grad)]
+            rec_norm, adv_norm = (dist.sum(grad).norm() for grad in last_layer)
+            weight = (rec_norm / (adv_norm + 1e-6)).clamp(max=1e4)
             gradient = gradient + adversarial_weight * weight * adv_grad
             loss = loss + adversarial_weight * weight * adversarial.detach()
             terms |= {"adversarial": adversarial, "adaptive_weight": weight}
@@ -305,22 +306,18 @@ def main():
         if stopping:
             break
         if validating:
-            try:
+            with contextlib.suppress(runtime.Stopped):  # after SIGTERM the next step saves and ends the run
                 progress.validated(data.validate(averaged, val, image_size, val_images, dist, picture))
-            except runtime.Stopped:
-                pass  # SIGTERM during a validation: the next step saves and ends the run
     progress.bar.close()
 
-    try:
+    with contextlib.suppress(runtime.Stopped):
         if not stopping:
             psnr = data.validate(averaged, val, image_size, val_images, dist, picture)
             progress.write(val_psnr=psnr)
             save(steps, finished=True)
             dist.print(f"wrote {path} and {picture}: step {steps}, validation PSNR {psnr:.2f} dB")
-    except runtime.Stopped:
-        stopping = True
-    if stopping:
-        dist.print(f"stopped: saved {path} at step {done}; --resume=True goes on from there")
+            return dist.close()
+    dist.print(f"stopped: saved {path} at step {done}; --resume=True goes on from there")
     dist.close()
 
 

@@ -151,7 +151,7 @@ class Pairs:
             pair = np.array(self.store.items[i])
         else:
             raise OSError("this image could not be used when the cache was filled")
-        return {"pair": pair, "label": self.images.labels[i], "index": i}
+        return {"pair": pair, "label": self.images.labels[i]}
 
     def name(self, i):
         return self.images.name(i)
@@ -187,7 +187,7 @@ def fill_cache(path, tcae, images, rebuild, workers, dist):
     """The cache at `path`, completed: each process encodes its share of what it lacks."""
     store = open_store(path, tcae, images, rebuild, len(images), (2, *tcae.latent_shape), np.float16, dist)
     todo = store.to_do(dist)
-    if not len(todo):
+    if not len(todo) or not store.items.flags.writeable:  # read-only, it may lack images that can't be used
         return store
     batch = max(1, data.eval_batch(tcae.image_size) // 2)  # with the mirror images twice as many
     for pixels, indices in data.eval_loader(images, tcae.image_size, batch, dist, workers, indices=todo,

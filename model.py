@@ -590,8 +590,8 @@ def sample_flow(velocity, noise, steps, method="euler", shift_base=4096):
     itself the velocity is ill-defined (the data are points).
     """
     z = noise
-    grid = shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), noise.shape[1:], shift_base).float()
-    for t, t_next in zip(grid, grid[1:]):
+    times = shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), noise.shape[1:], shift_base).float()
+    for t, t_next in zip(times, times[1:]):
         dt = t_next - t  # negative
         v = velocity(z, t)
         if method == "heun" and t_next > 0:

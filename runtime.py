@@ -257,7 +257,7 @@ def load_checkpoint(path, name, kind=None):
     check(Path(path).is_file(), f"{name}={path}: there is no such checkpoint")
     try:
         if damaged := zipfile.ZipFile(path).testzip():
-            raise OSError(f"the checksum of {damaged} is another one")
+            raise OSError(f"the checksum of {damaged} does not match")
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         fail(f"{name}={path} is not a checkpoint of this project, or it is damaged: "

@@ -77,7 +77,7 @@ def main():
              "labels": runtime.fingerprint({"": torch.from_numpy(labels)}), "steps": steps, "method": method,
              "cfg_scale": cfg_scale, "cfg_interval": list(cfg_interval), "seed": seed, "dtype": str(dist.dtype)}
     if dist.first and (differences := data.Store.differences(part, about)):
-        print(f"{part} held samples of other constants ({differences}): begun anew")
+        print(f"{part} held samples of other constants ({differences}): starting over")
         os.remove(part)
     store = data.Store(part, about, len(labels), (tcae.image_size, tcae.image_size, 3), np.uint8, dist)
     mine = store.to_do(dist)[dist.rank::dist.count]

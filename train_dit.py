@@ -80,6 +80,22 @@ def check_constants(dist):
         runtime.fail(error)
 
 
+class Example:
+    """What a step draws for an image: the image or its mirror image, the time t, logit-normal(0, 1), the noise, and
+    whether the label is dropped. Runs in the loading workers."""
+
+    def __init__(self, shape, null_class):
+        self.shape, self.null_class, self.label_dropout = shape, null_class, label_dropout
+
+    def __call__(self, item, rng):
+        """An item of latents.Pairs -> its latents (c, h, w) or pixels (H, W, 3), t, noise (c, h, w), label."""
+        mirrored = rng.random() < 0.5
+        t = 1 / (1 + np.exp(-rng.standard_normal()))
+        noise = rng.standard_normal(self.shape, np.float32)
+        label = self.null_class if rng.random() < self.label_dropout else item["label"]
+        return item["pair"][int(mirrored)], np.float32(t), noise, label
+
+
 @torch.no_grad()
 def draw_samples(ema, tcae, shape, class_names, path, dist):
     """Draws a grid of EMA samples, four of each of the first ten classes, from the same noise every time."""
@@ -147,8 +163,8 @@ def main():
         compile_blocks(model, ema)
     wrapped = dist.distribute(model)
 
-    loader = data.TrainLoader(source, None, batch_size, start, steps, seed, dist, micro_batches=accumulate,
-                              workers=workers)
+    loader = data.TrainLoader(source, Example(shape, model.null_class), batch_size, start, steps, seed, dist,
+                              micro_batches=accumulate, workers=workers)
     progress = runtime.Progress(out_dir, start, steps, batch_size, dist)
     picture = os.path.join(out_dir, "samples.png")
 
@@ -159,22 +175,9 @@ def main():
 
         total = 0
         for micro_batch in range(accumulate):
-            # Each example has its own random numbers, the same for any number of processes. They decide: mirror image
-            # or not; the time t, logit-normal(0, 1); the noise; and whether the label is dropped.
-            batch = next(loader)
-            epoch = step // steps_per_epoch
-            rngs = [np.random.default_rng([seed, data.IMAGE_STREAM, epoch, i]) for i in batch["index"].tolist()]
-            mirrored = torch.tensor([rng.random() < 0.5 for rng in rngs])
-            t = torch.tensor([1 / (1 + np.exp(-rng.standard_normal())) for rng in rngs], dtype=torch.float32)
-            noise = torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))
-            dropped = torch.tensor([rng.random() < label_dropout for rng in rngs])
-            labels = torch.where(dropped, model.null_class, batch["label"])
-
-            # The latents z of the images or their mirror images, normalised per channel by TCAE.encode. (Without a
-            # cache, x is still pixels.)
-            pair, mirrored, t, noise, labels = map(dist.to_device, (batch["pair"], mirrored, t, noise, labels))
-            x = torch.where(mirrored[:, None, None, None], pair[:, 1], pair[:, 0])
-            z = (x if store else encode(tcae, x, dist)).float()
+            # The latents z of B images, normalised per channel by TCAE.encode; without a cache, x is still pixels.
+            x, t, noise, labels = (dist.to_device(part) for part in next(loader))
+            z = (x if store else encode(tcae, x, dist)).float()  # (B, c, h, w)
 
             # Flow matching (Sec. 4.1): at z_t = (1 - t) z + t noise the model predicts the velocity noise - z, by mean
             # squared error. The larger the latent, the further t is shifted towards noise.

@@ -7,6 +7,7 @@
 L = α L_rec + L_iBOT (Eq. 5), L_rec = L1 + λ_p LPIPS (Eq. 6; its adversarial term comes in finetune_decoder.py). The
 defaults are Table 7's left column. Writes out_dir/checkpoint.pt, log.jsonl and reconstructions.png.
 """
+import contextlib
 import copy
 import os
 
@@ -36,7 +37,7 @@ downsample = 32  # f: side of one latent position, pixels
 latent_channels = 128  # c (Table 10: 256, Table 11: 32)
 encoder = "S"  # S, B, L or width/depth/heads such as 128/4/4
 decoder = "S"  # the same (Fig. 8)
-stc_depth = 6  # M: the compression layer follows block M; 0 = no staged compression (M = 12 in Table 6)
+stc_depth = 6  # M: the compression layer follows block M; 0 = no staged compression, Table 6's M = 12
 compression = "conv"  # or "shuffle" (Table 8)
 
 # Objective
@@ -65,7 +66,7 @@ accumulate = 1  # micro-batches per step and process: the same gradient, except 
 learning_rate = 1e-3  # at the end of the warm-up
 min_learning_rate = 1e-6  # at the end
 warmup_epochs = 5.0  # epochs in which the rate rises from 0
-optimizer = "adamw"  # or "muon": Muon for matrices in blocks and MLPs, AdamW for the rest (optim.py)
+optimizer = "adamw"  # or "muon", for matrices in blocks and MLPs and for the compression (optim.py)
 muon_rate = 3.0  # Muon's learning rate, times learning_rate
 betas = (0.9, 0.95)  # AdamW
 weight_decay = 0.04  # of matrices; biases, norms and tokens have none
@@ -287,24 +288,20 @@ def main():
         if stopping:
             break
         if validating:
-            try:
+            with contextlib.suppress(runtime.Stopped):  # after SIGTERM the next step saves and ends the run
                 progress.validated(data.validate(tcae, val, image_size, val_images, dist, picture))
-            except runtime.Stopped:
-                pass  # SIGTERM during a validation: the next step saves and ends the run
     progress.bar.close()
 
     # Later stages need latents of mean 0 and variance 1 in every channel: measure latent_mean and latent_std.
-    try:
+    with contextlib.suppress(runtime.Stopped):
         if not stopping:
             measure_latents(tcae, train, image_size, stats_images, workers, dist)
             psnr = data.validate(tcae, val, image_size, val_images, dist, picture)
             progress.write(val_psnr=psnr)
             save(steps, finished=True)
             dist.print(f"wrote {path} and {picture}: step {steps}, validation PSNR {psnr:.2f} dB")
-    except runtime.Stopped:
-        stopping = True
-    if stopping:
-        dist.print(f"stopped: saved {path} at step {done}; --resume=True goes on from there")
+            return dist.close()
+    dist.print(f"stopped: saved {path} at step {done}; --resume=True goes on from there")
     dist.close()
 
 

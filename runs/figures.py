@@ -58,17 +58,17 @@ def flow():
     rng = np.random.default_rng(0)
     latent = (pooled[8] @ rng.normal(size=(3, 3)) + 0.1 * rng.normal(size=(8, 8, 3)))
     latent = (latent - latent.min((0, 1))) / np.ptp(latent, (0, 1))
-    figure, axes = plt.subplots(figsize=(10.6, 3.6))
-    axes.set(xlim=(0, 106), ylim=(-3, 34))
+    figure, axes = plt.subplots(figsize=(10.6, 3.4))
+    axes.set(xlim=(0, 106), ylim=(-0.5, 34))
     axes.set_aspect("equal")
     axes.axis("off")
 
     def grid(x, y, side, picture, lines, colour=INK):
         axes.imshow(picture, extent=(x, x + side, y, y + side), interpolation="nearest", zorder=2)
         for k in range(lines + 1):
-            width = 0.9 if k in (0, lines) else 0.25
-            axes.plot([x, x + side], [y + side * k / lines] * 2, color=colour, lw=width, zorder=3)
-            axes.plot([x + side * k / lines] * 2, [y, y + side], color=colour, lw=width, zorder=3)
+            look = dict(color=colour, lw=0.9 if k in (0, lines) else 0.25, zorder=3, snap=False)
+            axes.plot([x, x + side], [y + side * k / lines] * 2, **look)
+            axes.plot([x + side * k / lines] * 2, [y, y + side], **look)
 
     def arrow(x0, x1, y, label, below):
         axes.add_patch(FancyArrowPatch((x0, y), (x1, y), arrowstyle="-|>", mutation_scale=10, color=INK, lw=1.2))

@@ -2,8 +2,8 @@
 
     python runs/cifar10_features.py --data_dir=cifar10                            # first: what FD is measured with,
     python runs/cifar10_features.py --data_dir=cifar10 --network=vgg --epochs=4 --learning_rate=0.2  # perceptual loss
-    python runs/study.py --data_dir=cifar10                                       # Table 2's rows, two seeds
-    python runs/study.py --data_dir=cifar10 --rows=p16,p8,p16-none,p8-none        # Table 3's
+    python runs/study.py --data_dir=cifar10                                       # Table 2's rows and p = 8, two seeds
+    python runs/study.py --data_dir=cifar10 --rows=p16,p8,p16-none                # the rest of Table 3's
     python runs/study.py --rows=all --print_only=True                             # the table and the verdicts
 
 A row is a tokenizer and a generator on its latents, named as in runs/tables.py; p = 16, 8, 4 are 4, 16, 64 tokens for 4
@@ -28,7 +28,7 @@ import runtime
 from runtime import check
 
 data_dir = "cifar10"  # holds train/CLASS/ and test/CLASS/
-rows = "p4-none,p4-stc-none,p4,p4-stc"  # Table 2's; "all" = every row below
+rows = "p8-none,p4-none,p4-stc-none,p4,p4-stc"  # README's; "all" = every row below
 seeds = (0, 1)  # of weights, order and noise; one alone is 0,
 tokenizer_config = "config/study_tokenizer.py"
 downsample = 16  # as in tokenizer_config, for the seams between latent positions
@@ -99,7 +99,7 @@ def run_cell(row, seed):
         with open(folder / f"{Path(script).stem}.txt", "a") as terminal:
             code = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=terminal,
                                   stderr=subprocess.STDOUT).returncode
-        check(code == 0, f"{shlex.join(map(str, command))} ended with {code}; its words are in {terminal.name}")
+        check(code == 0, f"{shlex.join(map(str, command))} ended with {code}; see {terminal.name}")
 
     def sample(name, scale):
         npz = folder / name / "samples.npz"
