@@ -64,9 +64,9 @@ class ImageFolder:
         return self.paths[i]
 
     def fingerprint(self):
-        """A hash of all paths below the root, in order, and sizes: it notices files that were added, removed, renamed or
-        made anew (unless their sizes stay the same)."""
-        names = "\n".join(f"{os.path.relpath(path, self.root)} {os.path.getsize(path)}" for path in self.paths)
+        """A hash of the paths below the root, in order: it changes when files are added, removed or renamed, not when
+        one is repaired."""
+        names = "\n".join(os.path.relpath(path, self.root) for path in self.paths)
         return hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()[:16]
 
 

@@ -145,19 +145,6 @@ def test_images_of_every_kind_become_rgb_of_the_right_colour(tmp_path):
         assert difference <= (4 if name.lower().endswith(("jpg", "jpeg")) else 1), name
 
 
-def test_the_fingerprint_of_a_folder_notices_images_made_anew(tmp_path):
-    """Same names, other images: latents of the old ones would be trained on without a word."""
-    def fingerprint(name, side):
-        (tmp_path / "a").mkdir(exist_ok=True)
-        pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "a" / name)
-        return data.ImageFolder(tmp_path).fingerprint()
-
-    old = fingerprint("1.png", 8)
-    assert fingerprint("1.png", 8) == old
-    assert len({old, fingerprint("1.png", 9), fingerprint("2.png", 9)}) == 3
-
-
 def test_exif_orientation_is_ignored(tmp_path):
     """As by torchvision's ImageFolder and ADM's evaluation: statistics and published models are of such images."""
     (tmp_path / "class").mkdir()
