@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 import data
+import optim
 import pretrained
 import runtime
 from model import TCAE, compile_blocks
@@ -157,12 +158,7 @@ def check_constants(dist):
 
 
 def main():
-    constants = runtime.configure(globals())
-    path, resumed = runtime.open_run(constants, "tokenizer", FREE)  # the checkpoint to resume from, or None
-    dist = runtime.Distributed(device, resumed["dtype"] if resumed else dtype, seed)
-    if resumed and resumed["finished"]:
-        dist.print(f"{path} is finished: step {resumed['step']}")
-        return dist.close()
+    constants, dist, path, resumed = runtime.start(globals(), "tokenizer", FREE)  # resumed: the checkpoint, or None
     check_constants(dist)
     compiled = dist.compiles(compile)
 
@@ -228,7 +224,7 @@ def main():
     done, stopping = start, False
     for step in range(start, steps):
         torch.manual_seed(hash((seed, step, dist.rank)) % 2**63)  # the augmentation's, the same after a restart
-        lr = runtime.cosine(step, steps, learning_rate, min_learning_rate, warmup_steps)
+        lr = optim.cosine(step, steps, learning_rate, min_learning_rate, warmup_steps)
         optimizer.param_groups[0]["lr"] = lr
         discriminator_learns = discriminator and step >= discriminator_start * steps_per_epoch
         adversary_counts = discriminator and step >= adversarial_start * steps_per_epoch
@@ -271,7 +267,7 @@ def main():
         grad_norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), grad_clip or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
-        runtime.update_ema(list(averaged.decoder.parameters()), list(decoder.parameters()), decoder_ema)
+        optim.update_ema(list(averaged.decoder.parameters()), list(decoder.parameters()), decoder_ema)
 
         # The discriminator's hinge loss, on new reconstructions by the updated decoder, rounded to 8 bits like the real
         # images. Its rate follows the decoder's schedule from its own start on, so it ends at 8.2e-5 (RAE).
@@ -287,8 +283,8 @@ def main():
             accuracy = ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean()) / 2
             terms |= {"discriminator": hinge, "discriminator_accuracy": accuracy}
             discriminator_step = step - math.ceil(discriminator_start * steps_per_epoch)
-            discriminator_optimizer.param_groups[0]["lr"] = runtime.cosine(discriminator_step, steps, learning_rate,
-                                                                           min_learning_rate, warmup_steps)
+            discriminator_optimizer.param_groups[0]["lr"] = optim.cosine(discriminator_step, steps, learning_rate,
+                                                                         min_learning_rate, warmup_steps)
             discriminator_optimizer.step()
             discriminator_optimizer.zero_grad()
         progress.add({"loss": loss, **terms, "grad_norm": grad_norm})

@@ -1,8 +1,11 @@
-"""The optimizers: AdamW, the paper's, or Muon for the matrices, which took far fewer steps in our runs.
+"""What updates the weights: AdamW, the paper's, or Muon for the matrices, which took far fewer steps in our runs.
 
     Optimizer            both behind one step(), as the constant `optimizer` says
     Muon, orthogonal     Muon's update
+    cosine, update_ema   the schedule of learning rate and teacher momentum; moving averages of weights
 """
+import math
+
 import torch
 
 OPTIMIZERS = ("adamw", "muon")
@@ -92,3 +95,17 @@ def orthogonal(matrix, steps=5):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+def cosine(step, steps, base, final, warmup=0):
+    """Rises linearly from 0 to `base` over `warmup` steps, then falls along half a cosine to `final` at `steps`."""
+    if step < warmup:
+        return base * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return final + (base - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def update_ema(averaged, trained, momentum):
+    """averaged <- momentum · averaged + (1 - momentum) · trained, for two lists of parameters."""
+    with torch.no_grad():
+        torch._foreach_lerp_(averaged, trained, 1 - momentum)

@@ -1,10 +1,9 @@
 """What every script needs to start, log, stop and resume. Nothing here is about images.
 
     Distributed            this process among the others: device, precision, sums over all of them, SIGTERM
-    open_run, check_training, make_folder    the start of a training script
+    start, check_training, make_folder    how a training script begins
     whole_file, save_checkpoint, load_checkpoint, check_resumable, header, fingerprint
     Log, Progress, bar     log.jsonl, and what a terminal or a batch job's log shows
-    cosine, update_ema     the schedule of learning rate and teacher momentum; moving averages of weights
 
 configure, check, fail and how a process ends are in configurator.py; the scripts call them as runtime.configure etc.
 """
@@ -186,18 +185,24 @@ class Distributed:
 # Checkpoints and logs
 
 
-def open_run(constants, kind, free):
-    """-> the path of a run's checkpoint, and the checkpoint if there is one to resume from, else None. The constants
-    must then be those that the run was begun with, except for the names in `free`."""
+def start(script, kind, free):
+    """The start of a training script -> its constants; this process among the others; the path of its checkpoint; and
+    the checkpoint to resume from, or None. Constants must then be those that the run was begun with, except for the
+    names in `free`. A run that is finished ends here."""
+    constants, resumed = configure(script), None
     out_dir, path = constants["out_dir"], os.path.join(constants["out_dir"], "checkpoint.pt")
-    if not os.path.exists(path):
-        return path, None
-    check(constants["resume"],
-          f"out_dir={out_dir} holds a run already: --resume=True continues it, another --out_dir begins a new one")
-    saved = load_checkpoint(path, "out_dir")
-    check(saved.get("kind") == kind, f"out_dir={out_dir} holds a checkpoint of something else: {saved.get('kind')}")
-    check_resumable(saved["constants"], constants, free)
-    return path, saved
+    if os.path.exists(path):
+        check(constants["resume"],
+              f"out_dir={out_dir} holds a run already: --resume=True continues it, another --out_dir begins a new one")
+        resumed = load_checkpoint(path, "out_dir")
+        check(resumed.get("kind") == kind, f"out_dir={out_dir} holds a checkpoint of another kind: {resumed.get('kind')}")
+        check_resumable(resumed["constants"], constants, free)
+    dist = Distributed(constants["device"], (resumed or constants)["dtype"], constants["seed"])
+    if resumed and resumed["finished"]:
+        dist.print(f"{path} is finished: step {resumed['step']}")
+        dist.close()
+        raise SystemExit
+    return constants, dist, path, resumed
 
 
 def check_resumable(saved, constants, free):
@@ -383,17 +388,3 @@ class Progress:
     def write(self, **values):
         if self.log:
             self.log.write(step=self.step, **values)
-
-
-def cosine(step, steps, base, final, warmup=0):
-    """Rises linearly from 0 to `base` over `warmup` steps, then falls along half a cosine to `final` at `steps`."""
-    if step < warmup:
-        return base * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    return final + (base - final) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def update_ema(averaged, trained, momentum):
-    """averaged <- momentum · averaged + (1 - momentum) · trained, for two lists of parameters."""
-    with torch.no_grad():
-        torch._foreach_lerp_(averaged, trained, 1 - momentum)

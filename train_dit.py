@@ -110,12 +110,7 @@ def draw_samples(ema, tcae, shape, class_names, path, dist):
 
 
 def main():
-    constants = runtime.configure(globals())
-    path, resumed = runtime.open_run(constants, "dit", FREE)  # resumed: the checkpoint to go on from, or None
-    dist = runtime.Distributed(device, resumed["dtype"] if resumed else dtype, seed)
-    if resumed and resumed["finished"]:
-        dist.print(f"{path} is finished: step {resumed['step']}")
-        return dist.close()
+    constants, dist, path, resumed = runtime.start(globals(), "dit", FREE)  # resumed: the checkpoint, or None
     check_constants(dist)
     dist.compiles(compile)  # if compile=True doesn't work here, fail now, not after an hour of encoding
     runtime.make_folder(out_dir, dist)
@@ -191,7 +186,7 @@ def main():
         # Update the weights, and their moving average, which is the one to sample from.
         grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or float("inf"))
         optimizers.step(lr)
-        runtime.update_ema(averaged, trained, ema_momentum)
+        optim.update_ema(averaged, trained, ema_momentum)
         progress.add({"loss": total, "grad_norm": grad_norm})
 
         # Log, save, draw samples: nothing else in the loop waits for the device. A NaN ends the run before it is saved.

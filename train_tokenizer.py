@@ -139,12 +139,7 @@ class Views:
 
 
 def main():
-    constants = runtime.configure(globals())
-    path, resumed = runtime.open_run(constants, "tokenizer", FREE)  # the checkpoint to resume from, or None
-    dist = runtime.Distributed(device, resumed["dtype"] if resumed else dtype, seed)
-    if resumed and resumed["finished"]:
-        dist.print(f"{path} is finished: step {resumed['step']}")
-        return dist.close()
+    constants, dist, path, resumed = runtime.start(globals(), "tokenizer", FREE)  # resumed: the checkpoint, or None
     check_constants(dist)
     compiled = dist.compiles(compile)
 
@@ -213,7 +208,7 @@ def main():
 
     done, stopping = start, False
     for step in range(start, steps):
-        lr = runtime.cosine(step, steps, learning_rate, min_learning_rate, warmup_steps)
+        lr = optim.cosine(step, steps, learning_rate, min_learning_rate, warmup_steps)
         temperature = ssl.teacher_temperature(step / steps_per_epoch, teacher_temp_warmup_epochs, *teacher_temp)
 
         step_terms = {}
@@ -271,8 +266,8 @@ def main():
         # Update the centres, and the teacher as a moving average of the student whose momentum rises to 1.
         if heads:
             ibot.update_centers()
-            momentum = runtime.cosine(step, steps, teacher_momentum, 1.0)
-            runtime.update_ema(list(teacher.parameters()), list(student.parameters()), momentum)
+            momentum = optim.cosine(step, steps, teacher_momentum, 1.0)
+            optim.update_ema(list(teacher.parameters()), list(student.parameters()), momentum)
         progress.add({**step_terms, "grad_norm": grad_norm})
 
         # Log, save, validate: nothing else in the loop waits for the GPU.

@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import configurator
+import optim
 import pretrained
 import runtime
 from conftest import ROOT, clean_environment, python, run_script
@@ -425,14 +426,14 @@ def test_log_keeps_six_digits_of_small_numbers(tmp_path):
 
 def test_cosine_end_points():
     """Linear from above 0 to the base rate, half a cosine down to the final one, the middle in the middle."""
-    rate = [runtime.cosine(step, 110, 1e-3, 1e-6, warmup=10) for step in range(111)]
+    rate = [optim.cosine(step, 110, 1e-3, 1e-6, warmup=10) for step in range(111)]
     assert rate[:10] == pytest.approx([1e-4 * k for k in range(1, 11)])
     assert rate[10] == pytest.approx(1e-3) and rate[110] == pytest.approx(1e-6)
     assert rate[60] == pytest.approx((1e-3 + 1e-6) / 2)
     assert all(a >= b for a, b in zip(rate[10:], rate[11:]))
-    assert runtime.cosine(0, 100, 0.996, 1.0) == pytest.approx(0.996)  # the teacher's momentum rises
-    assert runtime.cosine(100, 100, 0.996, 1.0) == pytest.approx(1.0)
-    assert math.isfinite(runtime.cosine(5, 5, 1.0, 0.0, warmup=5)), "a warm-up over the whole run"
+    assert optim.cosine(0, 100, 0.996, 1.0) == pytest.approx(0.996)  # the teacher's momentum rises
+    assert optim.cosine(100, 100, 0.996, 1.0) == pytest.approx(1.0)
+    assert math.isfinite(optim.cosine(5, 5, 1.0, 0.0, warmup=5)), "a warm-up over the whole run"
 
 
 def test_update_ema():
@@ -440,12 +441,12 @@ def test_update_ema():
     trained = [torch.randn(3, 2, requires_grad=True), torch.randn(5, requires_grad=True)]
     averaged = [torch.randn(3, 2), torch.randn(5)]
     expected = [0.9 * t + 0.1 * s.detach() for t, s in zip(averaged, trained)]
-    runtime.update_ema(averaged, trained, 0.9)
+    optim.update_ema(averaged, trained, 0.9)
     for got, want in zip(averaged, expected):
         torch.testing.assert_close(got, want)
         assert not got.requires_grad
     before = [t.clone() for t in averaged]
-    runtime.update_ema(averaged, trained, 1.0)
+    optim.update_ema(averaged, trained, 1.0)
     assert all(map(torch.equal, averaged, before))
 
 

@@ -649,7 +649,9 @@ def test_a_finished_run_that_is_resumed_changes_nothing(base, train, tmp_path, c
     """A job that is queued again after its end: it says so, and does not even encode."""
     before = {name: tensor.clone() for name, tensor in tensors(checkpoint(base / "run")).items()}
     capsys.readouterr()
-    train(resume=True, out_dir=base / "run", cache=tmp_path / "none.cache")
+    with pytest.raises(SystemExit) as end:
+        train(resume=True, out_dir=base / "run", cache=tmp_path / "none.cache")
+    assert not end.value.code, "not a failure"
     assert "is finished: step 40" in capsys.readouterr().out and not (tmp_path / "none.cache").exists()
     after = tensors(checkpoint(base / "run"))
     assert [name for name in before if not torch.equal(before[name], after[name])] == []
