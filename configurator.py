@@ -139,6 +139,8 @@ def convert(name, value, default, where):
     for number in value if wanted is tuple else [value] if wanted in (int, float) else []:
         check(type(number) in (int, float) and 0 <= number < math.inf,
               f"{where}: {name}={value} must be {'finite numbers' if wanted is tuple else 'finite'}, 0 or more")
+    if wanted is tuple and isinstance(default[0], float):
+        value = tuple(map(float, value))  # --betas=0,0.99
     return value
 
 

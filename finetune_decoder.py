@@ -223,7 +223,7 @@ def main():
 
     done, stopping = start, False
     for step in range(start, steps):
-        torch.manual_seed(hash((seed, step, dist.rank)) % 2**63)  # the augmentation's, the same after a restart
+        torch.manual_seed(hash((seed, step, dist.rank)) % 2**63)  # for the augmentation, the same after a restart
         lr = optim.cosine(step, steps, learning_rate, min_learning_rate, warmup_steps)
         optimizer.param_groups[0]["lr"] = lr
         discriminator_learns = discriminator and step >= discriminator_start * steps_per_epoch

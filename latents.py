@@ -187,7 +187,9 @@ def fill_cache(path, tcae, images, rebuild, workers, dist):
     """The cache at `path`, completed: each process encodes its share of what it lacks."""
     store = open_store(path, tcae, images, rebuild, len(images), (2, *tcae.latent_shape), np.float16, dist)
     todo = store.to_do(dist)
-    if not len(todo) or not store.items.flags.writeable:  # read-only, it may lack images that can't be used
+    if not store.items.flags.writeable:
+        check(store.state.all(), f"cache: {path} is incomplete, and can't be written")
+    if not len(todo) or not store.items.flags.writeable:
         return store
     batch = max(1, data.eval_batch(tcae.image_size) // 2)  # with the mirror images twice as many
     for pixels, indices in data.eval_loader(images, tcae.image_size, batch, dist, workers, indices=todo,

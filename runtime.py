@@ -47,9 +47,10 @@ class Distributed:
 
     rank and count; first: rank 0, which writes the files. device: CUDA, MPS or CPU. dtype, for autocast: torch.bfloat16
     where that is faster, else torch.float32. stop: True once this process got one of SIGNALS; saves=False: they end it.
+    step: where this process's checkpoint goes on, which must be the same for all.
     """
 
-    def __init__(self, device="auto", dtype="auto", seed=0, saves=True):
+    def __init__(self, device="auto", dtype="auto", seed=0, saves=True, step=0):
         self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.first = self.rank == 0
         self.device = self.pick_device(device)
@@ -57,6 +58,7 @@ class Distributed:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             torch.distributed.init_process_group(backend)
             sys.excepthook = first_traceback
+            self.check_same("out_dir", f"step {step}")
         check(seed < 2**63, f"seed={seed} must be below 2^63")
         torch.manual_seed(seed)
         torch.set_float32_matmul_precision("high")  # TF32 for matrix products that stay in float32
@@ -145,13 +147,20 @@ class Distributed:
         torch.distributed.all_gather_object(lists, items)
         return [item for each in lists for item in each]
 
+    def check_same(self, constant, beginning):
+        """Ends the run if processes would begin at different points, since nodes see different files."""
+        nodes = dict(self.gather([(beginning, os.uname().nodename)]))
+        check(len(nodes) == 1, f"{constant} is not the same for all processes: "
+              + ", ".join(f"{node} begins at {beginning}" for beginning, node in nodes.items()))
+
     def stop_requested(self):
         """Whether any process is to stop. All must call it. The sum is the CPUs', so it does not wait for a GPU."""
         return bool(self.sum(torch.tensor(float(self.stop))))
 
     def print(self, *words):
         if self.first:
-            print(*words, flush=True)
+            tqdm.write(" ".join(map(str, words)))  # on a line of its own above a bar, if there is one
+            sys.stdout.flush()
 
     def wait(self):
         """Waits until every process has called it."""
@@ -195,11 +204,12 @@ def start(script, kind, free):
         check(constants["resume"],
               f"out_dir={out_dir} holds a run already: --resume=True continues it, another --out_dir begins a new one")
         resumed = load_checkpoint(path, "out_dir")
-        check(resumed.get("kind") == kind, f"out_dir={out_dir} holds a checkpoint of another kind: {resumed.get('kind')}")
+        check(resumed.get("kind") == kind, f"out_dir={out_dir} holds another kind of checkpoint: {resumed.get('kind')}")
         check_resumable(resumed["constants"], constants, free)
-    dist = Distributed(constants["device"], (resumed or constants)["dtype"], constants["seed"])
+    step = resumed["step"] if resumed else 0
+    dist = Distributed(constants["device"], (resumed or constants)["dtype"], constants["seed"], step=step)
     if resumed and resumed["finished"]:
-        dist.print(f"{path} is finished: step {resumed['step']}")
+        dist.print(f"{path} is finished: step {step}")
         dist.close()
         raise SystemExit
     return constants, dist, path, resumed
@@ -333,9 +343,7 @@ class Progress:
     """
 
     def __init__(self, out_dir, start, steps, batch_size, dist):
-        begins = dict(dist.gather([(f"step {start} of {steps}", os.uname().nodename)]))
-        check(len(begins) == 1, "; ".join(f"{node} begins at {step}" for step, node in begins.items()) +
-              ": all nodes must see the same out_dir and data_dir")
+        dist.check_same("data_dir", f"step {start} of {steps}")
         self.dist, self.batch_size, self.step, self.steps = dist, batch_size, start, steps
         self.checkpoint = Path(out_dir, "checkpoint.pt")
         self.log = Log(Path(out_dir, "log.jsonl"), start) if dist.first else None

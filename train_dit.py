@@ -81,7 +81,7 @@ def check_constants(dist):
 
 
 class Example:
-    """What a step draws for an image: the image or its mirror image, the time t, logit-normal(0, 1), the noise, and
+    """Draws what a step needs for an image: the image or its mirror image, a logit-normal(0, 1) time t, noise, and
     whether the label is dropped. Runs in the loading workers."""
 
     def __init__(self, shape, null_class):
@@ -122,6 +122,9 @@ def main():
     # The data: latents from the cache, or pixels to encode in every step
     images = data.open_split(data_dir or tcae.data_dir, "train", tcae.image_size, tcae.shapes_images)
     check(batch_size <= len(images), f"batch_size={batch_size} is more than the {len(images)} training images")
+    steps_per_epoch = len(images) // batch_size
+    steps, decay_step = epochs * steps_per_epoch, round((decay_epoch or epochs) * steps_per_epoch)
+    check(warmup_steps <= steps, f"warmup_steps={warmup_steps} is more than all {steps} steps")
     check(not resumed or (resumed["images"], resumed["classes"]) == (len(images), images.classes),
           f"data_dir has {len(images)} training images of {len(images.classes)} classes, others than {path} began with")
     store, cache_path = None, cache or os.path.join(out_dir, "latents.cache")
@@ -134,8 +137,6 @@ def main():
         dist.print(f"stopped: {cache_path} keeps what is encoded; the next run goes on from there")
         return dist.close()
     source = Pairs(images, tcae.image_size, store)
-    steps_per_epoch = len(images) // batch_size
-    steps, decay_step = epochs * steps_per_epoch, round((decay_epoch or epochs) * steps_per_epoch)
 
     # The generator, its averaged weights and its optimizer
     torch.manual_seed(seed)  # again: encoding may have used random numbers

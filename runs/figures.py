@@ -1,7 +1,7 @@
 """The pictures in docs/: how an image flows through TC-AE, and what runs/study.py found. Needs matplotlib.
 
     python runs/figures.py --only=flow          # the encoder's token counts, drawn
-    python runs/figures.py --only=study         # from docs/study/*.json: quality, structure loss, claim by claim
+    python runs/figures.py --only=study         # quality, structure loss and seams, from the study's results
     python runs/figures.py --only=colours       # from out/study: the tokens as colours, without and with SSL
 """
 import json
@@ -28,7 +28,8 @@ from runtime import check
 from shapes import Shapes
 
 only = ""  # flow, study, colours, or several: flow,study; "" = all
-study_dir = "out/study"  # runs/study.py's out_dir
+study_dir = "out/study"  # runs/study.py's out_dir, for the colours
+results = "docs/study"  # its results
 data_dir = "cifar10"  # for the colours
 seed = 0  # of the study, for the colours
 out_dir = "docs"
@@ -125,7 +126,7 @@ def study_figure():
                ("gFD", "gFD ↓", (44.72, 32.92, 25.36, 16.39))]
     figure, (*panels, profile) = plt.subplots(1, 4, figsize=(11.5, 2.5))
     for row, name, colour in ("p4-none", "one bottleneck", GREY), ("p4-stc-none", "staged", BLUE):
-        path = Path(study.results, f"{row}-seed0", "seams.json")
+        path = Path(results, f"{row}-seed0", "seams.json")
         if path.exists():
             kept = json.loads(path.read_text())
             places = range(1, len(kept["samples"]) + 1)
@@ -190,6 +191,7 @@ FIGURES = {"flow": flow, "study": study_figure, "colours": colours}
 def main():
     runtime.configure(globals())
     os.chdir(ROOT)
+    study.results = results
     chosen = only.split(",") if only else list(FIGURES)
     for name in chosen:
         check(name in FIGURES, f"only: {name!r} is none of {', '.join(FIGURES)}")

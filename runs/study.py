@@ -4,11 +4,11 @@
     python runs/cifar10_features.py --data_dir=cifar10 --network=vgg --epochs=4 --learning_rate=0.2  # perceptual loss
     python runs/study.py --data_dir=cifar10                                       # Table 2's rows and p = 8, two seeds
     python runs/study.py --data_dir=cifar10 --rows=p16,p8,p16-none                # the rest of Table 3's
-    python runs/study.py --rows=all --print_only=True                             # the table and the verdicts
+    python runs/study.py --results=docs/study --print_only=True                   # our table and the verdicts
 
 A row is a tokenizer and a generator on its latents, named as in runs/tables.py; p = 16, 8, 4 are 4, 16, 64 tokens for 4
 latent positions. All rows of a seed share data, order, steps, generator and evaluation. Stopped and called again, it
-goes on where it was; a finished cell is never run again. Results go to docs/study/ROW-seedN/, checkpoints to out_dir.
+goes on where it was; a finished cell is never run again. Our results are in docs/study/.
 """
 import json
 import os
@@ -36,10 +36,10 @@ dit_config = "config/study_dit.py"
 feature_net = "out/cifar10_resnet.pt2"  # what FD and IS are measured with
 samples = 5000  # of each generator, without and with guidance
 cfg_scale = 2.0  # guidance
-dtype = "auto"  # of every run alike: bfloat16 or float32; auto = the faster one here
+dtype = "auto"  # bfloat16 or float32, in all cells; auto = as in those that are there, else the faster one here
 jobs = 2  # cells at a time, of one thread each
 out_dir = "out/study"
-results = "docs/study"
+results = "out/study"  # of each cell, in ROW-seedN/
 print_only = False  # True: run nothing
 cell = ""  # ROW:SEED, for the processes that the script starts
 
@@ -178,12 +178,14 @@ def main():
         row, seed = cell.split(":")
         return run_cell(row, int(seed))
     if not print_only:
-        faster = str(runtime.Distributed(dtype=dtype, saves=False).dtype).removeprefix("torch.")
+        there = [json.loads(path.read_text())["constants"] for path in Path(results).glob("*/tokenizer.json")]
+        chosen_dtype = there[0]["dtype"] if there and dtype == "auto" else dtype
+        chosen_dtype = str(runtime.Distributed(dtype=chosen_dtype, saves=False).dtype).removeprefix("torch.")
         waiting, running = [f"{row}:{seed}" for seed in seeds for row in chosen], []
         failed = 0
         while waiting or running:
             while waiting and len(running) < jobs:
-                running.append(subprocess.Popen([sys.executable, __file__, *sys.argv[1:], f"--dtype={faster}",
+                running.append(subprocess.Popen([sys.executable, __file__, *sys.argv[1:], f"--dtype={chosen_dtype}",
                                                  f"--cell={waiting.pop(0)}"]))
             time.sleep(1)
             for process in [process for process in running if process.poll() is not None]:

@@ -45,8 +45,8 @@ def test_the_files_are_about_as_long_as_it_says():
 SHORTER = {  # for a smoke test: constants alone
     "train_tokenizer.py": dict(shapes_images=64, epochs=1, workers=0, warmup_epochs=0.5, val_images=20, stats_images=32,
                                dtype="float32"),
-    "train_dit.py": dict(size="32/1/2", epochs=1, decay_epoch=1, batch_size=32, workers=0, sample_steps=2,
-                         dtype="float32"),
+    "train_dit.py": dict(size="32/1/2", epochs=1, decay_epoch=1, warmup_steps=0, batch_size=32, workers=0,
+                         sample_steps=2, dtype="float32"),
     "sample.py": dict(steps=2, per_class=1, dtype="float32"),
     "eval.py": dict(val_images=40, probe_images=40, probe_steps=2, workers=0, dtype="float32"),
 }

@@ -229,6 +229,19 @@ def test_a_complete_cache_may_be_read_only(base, train, tmp_path, forbid_encodin
         open_cache(base / "latents.cache")[0][0] = 1
 
 
+@pytest.mark.parametrize("state", (2, 0))
+def test_a_read_only_cache_may_lack_bad_images_but_no_others(base, train, tmp_path, forbid_encoding, monkeypatch, state):
+    """It was filled where two images could not be used, or copied before it was full."""
+    monkeypatch.setattr(data, "BAD_SHARE", 0.1)
+    cache = Path(shutil.copy(base / "latents.cache", tmp_path))
+    open_cache(cache)[0][[3, 5]] = state
+    monkeypatch.setattr(os, "access", lambda path, mode, access=os.access: path != str(cache) and access(path, mode))
+    if state:
+        train(cache=cache, epochs=1, decay_epoch=1)
+    else:
+        assert "is incomplete, and can't be written" in failure(train, cache=cache)
+
+
 def test_the_cache_stands_in_out_dir_unless_it_is_told_otherwise(base, train, tmp_path):
     """With the same content."""
     train(cache="", epochs=1, decay_epoch=1)
@@ -871,6 +884,7 @@ def test_another_call_does_not_go_on_with_samples_that_were_begun(draw, monkeypa
     (dict(batch_size=320), ["batch_size=320", "160"]), (dict(accumulate=0), ["accumulate=0"]),
     (dict(epochs=0), ["epochs=0"]), (dict(sample_steps=0), ["sample_steps=0"]), (dict(save_every=0), ["save_every=0"]),
     (dict(label_dropout=1.0), ["label_dropout=1.0"]), (dict(ema_momentum=1.0), ["ema_momentum=1.0"]),
+    (dict(warmup_steps=41), ["warmup_steps=41", "40 steps"]),
     (dict(decay_epoch=5), ["decay_epoch=5", "epochs=4"]), (dict(betas="(0.9, 1.0)"), ["betas=(0.9, 1.0)"]),
     (dict(optimizer="sgd"), ["optimizer='sgd'", "adamw or muon"]),
     (dict(dtype="float16"), ["dtype='float16'"]), (dict(device="abacus"), ["device='abacus'"]),
