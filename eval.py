@@ -406,7 +406,7 @@ def metric_name(metric):
 
 @torch.no_grad()
 def evaluate_tokenizer(dist):
-    """-> a line about what was measured; {metric: value, or None if it can't be}."""
+    """-> what was measured, in words; {metric: value, or None if it can't be measured}."""
     tcae = open_tokenizer(tokenizer, dist)
     where, size = data_dir or tcae.data_dir, tcae.image_size
     train, val = data.open_splits(where, size, tcae.shapes_images)
@@ -437,7 +437,7 @@ def evaluate_tokenizer(dist):
 
 @torch.no_grad()
 def evaluate_samples(dist):
-    """-> the same, for samples against a reference: FID and IS."""
+    """-> what was measured, {metric: value}, for samples against a reference: FID and IS."""
     images = open_images(samples, "samples")
     size = side_of(images)
     check(len(images) >= FeatureSums.SPLITS,
@@ -462,14 +462,16 @@ def evaluate_samples(dist):
             sums.add(pixels, indices)
         return sums, sums.reduce(dist)
 
-    (sampled, count), against = measure(images, "samples", drawn), "the statistics"
+    sampled, count = measure(images, "samples", drawn)
+    against = "the statistics"
     if other:
         referred, other_count = measure(other, "reference")
         target, against = referred.mean_and_cov(), f"{other_count} images"
-    return f"{samples}: {count} samples, {size} px, against {against} of {reference}", \
-        {metric_name("gFID"): frechet_distance(sampled.mean_and_cov(), target),
-         metric_name("IS"): sampled.inception_score(),
-         **({metric_name("recognised"): (sampled.right / count).item()} if drawn is not None else {})}
+    results = {metric_name("gFID"): frechet_distance(sampled.mean_and_cov(), target),
+               metric_name("IS"): sampled.inception_score()}
+    if drawn is not None:
+        results[metric_name("recognised")] = (sampled.right / count).item()
+    return f"{samples}: {count} samples, {size} px, against {against} of {reference}", results
 
 
 def partners(images, other):
@@ -485,7 +487,7 @@ def partners(images, other):
 
 @torch.no_grad()
 def evaluate_pairs(dist):
-    """-> the same, for samples that are reconstructions of the reference: rFID, PSNR, SSIM, LPIPS."""
+    """-> what was measured, {metric: value}, for reconstructions of the reference: rFID, PSNR, SSIM, LPIPS."""
     images = open_images(samples, "samples")
     size = side_of(images)
     other = open_reference(size)
@@ -527,7 +529,8 @@ def main():
     dist = runtime.Distributed(device, dtype, saves=False)
     torch.set_float32_matmul_precision("highest")  # no TF32 in metrics
     torch.backends.cudnn.allow_tf32 = False
-    about, results = (evaluate_tokenizer if tokenizer else evaluate_pairs if paired else evaluate_samples)(dist)
+    evaluate = evaluate_tokenizer if tokenizer else evaluate_pairs if paired else evaluate_samples
+    about, results = evaluate(dist)
     if dist.first:
         print(about)
         for name, value in results.items():

@@ -70,7 +70,8 @@ def main():
             done = subprocess.run([sys.executable, ROOT / "sample.py", *(f"--{k}={v}" for k, v in given.items())])
             check(done.returncode == 0, f"sample.py could not draw from {path}")
             with np.load(f"{folder}/samples.npz") as file:
-                images.append(file["arr_0"]), (labels := file["arr_1"])
+                images.append(file["arr_0"])
+                labels = file["arr_1"]
     check(len({each.shape for each in images}) == 1, "checkpoints: they draw images of different sizes")
     order = labels.argsort(kind="stable")  # the samples of a class beside each other
     draw(np.stack(images)[:, order], rows, [known[0][k] for k in labels[order]]).save(out)
