@@ -191,7 +191,7 @@ class Distributed:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints and logs
+# The start of a run, checkpoints, logs
 
 
 def start(script, kind, free):

@@ -172,7 +172,7 @@ def main():
         total = 0
         for micro_batch in range(accumulate):
             # The latents z of B images, normalised per channel by TCAE.encode; without a cache, x is still pixels.
-            x, t, noise, labels = (dist.to_device(part) for part in next(loader))
+            x, t, noise, labels = (dist.to_device(part) for part in next(loader))  # of B images
             z = (x if store else encode(tcae, x, dist)).float()  # (B, c, h, w)
 
             # Flow matching (Sec. 4.1): at z_t = (1 - t) z + t noise the model predicts the velocity noise - z, by mean
