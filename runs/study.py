@@ -48,7 +48,7 @@ ROWS = {  # the constants of train_tokenizer.py that a row sets beside config/st
     "p8-none": dict(patch_size=8, ssl_method="none"), "p8": dict(patch_size=8),
     "p4-none": dict(patch_size=4, ssl_method="none"), "p4": dict(patch_size=4),
     "p4-stc-none": dict(patch_size=4, stc_depth=2, ssl_method="none"), "p4-stc": dict(patch_size=4, stc_depth=2),
-    "p4-shuffle-none": dict(patch_size=4, stc_depth=2, compression="shuffle", ssl_method="none"),  # Table 8
+    "p4-stc-shuffle-none": dict(patch_size=4, stc_depth=2, compression="shuffle", ssl_method="none"),  # Table 8
 }
 COLUMNS = {  # what the table shows: file, metric as eval.py names it
     "PSNR": ("tokenizer", "PSNR"), "SSIM": ("tokenizer", "SSIM"), "rFD": ("tokenizer", "rFD"),

@@ -136,6 +136,7 @@ def test_every_command_is_valid(cell, row):
     assert tokenizer["seed"] == generator["seed"] == 3
     assert tokenizer["patch_size"] == int(row[1:].split("-")[0])
     assert (tokenizer["stc_depth"] > 0) == ("stc" in row) and (tokenizer["ssl_method"] == "none") == ("none" in row)
+    assert (tokenizer["compression"] == "shuffle") == ("shuffle" in row)
     cell.clear()
     study.run_cell(row, 3)
     assert not cell
@@ -152,7 +153,7 @@ def test_rows_differ_in_what_they_are_named_for_alone(cell):
         for constants, reference in zip(commands, runs["p4"]):
             different = {name for name in constants if constants[name] != reference[name]}
             assert different <= {"patch_size", "stc_depth", "ssl_method", "global_crop_size", "out_dir", "out",
-                                 "tokenizer", "checkpoint", "samples"}, (row, different)
+                                 "compression", "tokenizer", "checkpoint", "samples"}, (row, different)
 
 
 @pytest.mark.parametrize("pairs, sign, expected", [
