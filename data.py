@@ -135,9 +135,9 @@ def save_grid(path, images, columns, titles=()):
 class TrainLoader:
     """Yields this process's micro-batches for the steps from `start` to `steps`, `micro_batches` for each step.
 
-    Each is collate([transform(image, rng), …]), made in the loading workers; without a transform, source.load(i) takes
-    the place of transform(…). (seed, epoch) decides the order and (seed, epoch, image) the rng, so the training data
-    depends neither on processes or workers nor on a restart. An image that can't be used is replaced by another.
+    Each is collate([transform(image, rng), …]), made in the loading workers. (seed, epoch) decides the order and (seed,
+    epoch, image) the rng, so the training data depends neither on processes or workers nor on a restart. An image that
+    can't be used is replaced by another.
     short_side: pixels that a JPEG's short side must keep, see ImageFolder.load; 0 = all.
     """
 
@@ -252,10 +252,9 @@ class CenterCrops(torch.utils.data.Dataset):
 
 
 def try_load(source, i, bad, view, *more, **options):
-    """view(image i, *more), or image i; None, and (the file, the reason) is added to `bad`, if either can't be made."""
+    """view(image i, *more); None, and (the file, the reason) is added to `bad`, if it can't be made."""
     try:
-        image = source.load(i, **options)
-        return view(image, *more) if view else image
+        return view(source.load(i, **options), *more)
     except (Exception, SystemExit) as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and others
         bad.append((source.name(i), f"{type(error).__name__}: {error}".splitlines()[0]))
 

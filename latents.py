@@ -189,7 +189,8 @@ def fill_cache(path, tcae, images, rebuild, workers, dist):
     todo = store.to_do(dist)
     if not store.items.flags.writeable:
         check(store.state.all(), f"cache: {path} is incomplete, and can't be written")
-    if not len(todo) or not store.items.flags.writeable:
+        return store
+    if not len(todo):
         return store
     batch = max(1, data.eval_batch(tcae.image_size) // 2)  # with the mirror images twice as many
     for pixels, indices in data.eval_loader(images, tcae.image_size, batch, dist, workers, indices=todo,

@@ -151,7 +151,7 @@ class Distributed:
         """Ends the run if processes would begin at different points, since nodes see different files."""
         nodes = dict(self.gather([(beginning, os.uname().nodename)]))
         check(len(nodes) == 1, f"{constant} is not the same for all processes: "
-              + ", ".join(f"{node} begins at {beginning}" for beginning, node in nodes.items()))
+              + ", ".join(f"{node} begins at {where}" for where, node in nodes.items()))
 
     def stop_requested(self):
         """Whether any process is to stop. All must call it. The sum is the CPUs', so it does not wait for a GPU."""
@@ -370,8 +370,8 @@ class Progress:
                 fail(f"step {step}: {name} is {value}. {kept}Look for damaged images, or lower learning_rate")
             by_name.setdefault(name, []).append(value)
         seconds = time.perf_counter() - self.since
-        means = {name: sum(values) / len(values) for name, values in by_name.items()}
         speed = self.batch_size * len(self.pending) / seconds
+        means = {name: sum(values) / len(values) for name, values in by_name.items()}
         self.write(**means, lr=lr, seconds=seconds, images_per_second=speed, waiting=waited / seconds)
         shown = {**{name: f"{value:.3f}" for name, value in means.items()}, "img/s": f"{speed:.0f}"}
         self.bar.set_postfix(shown)

@@ -82,7 +82,7 @@ def check_constants(dist):
 
 class Example:
     """Draws what a step needs for an image: the image or its mirror image, a logit-normal(0, 1) time t, noise, and
-    whether the label is dropped. Runs in the loading workers."""
+    whether the label is dropped. Runs in the loading workers; the rng is the image's own in this epoch."""
 
     def __init__(self, shape, null_class):
         self.shape, self.null_class, self.label_dropout = shape, null_class, label_dropout
@@ -172,7 +172,7 @@ def main():
         total = 0
         for micro_batch in range(accumulate):
             # The latents z of B images, normalised per channel by TCAE.encode; without a cache, x is still pixels.
-            x, t, noise, labels = (dist.to_device(part) for part in next(loader))  # of B images
+            x, t, noise, labels = (dist.to_device(part) for part in next(loader))
             z = (x if store else encode(tcae, x, dist)).float()  # (B, c, h, w)
 
             # Flow matching (Sec. 4.1): at z_t = (1 - t) z + t noise the model predicts the velocity noise - z, by mean

@@ -28,8 +28,8 @@ from runtime import check
 from shapes import Shapes
 
 only = ""  # flow, study, colours, or several: flow,study; "" = all
-study_dir = "out/study"  # runs/study.py's out_dir, for the colours
-results = "docs/study"  # its results
+results = "docs/study"  # of runs/study.py
+study_dir = "out/study"  # with its tokenizers, for the colours
 data_dir = "cifar10"  # for the colours
 seed = 0  # of the study, for the colours
 out_dir = "docs"
@@ -191,7 +191,7 @@ FIGURES = {"flow": flow, "study": study_figure, "colours": colours}
 def main():
     runtime.configure(globals())
     os.chdir(ROOT)
-    study.results = results
+    study.out_dir = results
     chosen = only.split(",") if only else list(FIGURES)
     for name in chosen:
         check(name in FIGURES, f"only: {name!r} is none of {', '.join(FIGURES)}")

@@ -4,7 +4,7 @@
     python runs/cifar10_features.py --data_dir=cifar10 --network=vgg --epochs=4 --learning_rate=0.2  # perceptual loss
     python runs/study.py --data_dir=cifar10                                       # Table 2's rows and p = 8, two seeds
     python runs/study.py --data_dir=cifar10 --rows=p16,p8,p16-none                # the rest of Table 3's
-    python runs/study.py --results=docs/study --print_only=True                   # our table and the verdicts
+    python runs/study.py --out_dir=docs/study --print_only=True                   # our table and the verdicts
 
 A row is a tokenizer and a generator on its latents, named as in runs/tables.py; p = 16, 8, 4 are 4, 16, 64 tokens for 4
 latent positions. All rows of a seed share data, order, steps, generator and evaluation. Stopped and called again, it
@@ -38,8 +38,7 @@ samples = 5000  # of each generator, without and with guidance
 cfg_scale = 2.0  # guidance
 dtype = "auto"  # bfloat16 or float32, in all cells; auto = as in those that are there, else the faster one here
 jobs = 2  # cells at a time, of one thread each
-out_dir = "out/study"
-results = "out/study"  # of each cell, in ROW-seedN/
+out_dir = "out/study"  # checkpoints, samples and results of each cell, in ROW-seedN/
 print_only = False  # True: run nothing
 cell = ""  # ROW:SEED, for the processes that the script starts
 
@@ -84,10 +83,9 @@ def seams(samples, photographs, f):
 
 def run_cell(row, seed):
     """Everything that a cell lacks, one command after the other."""
-    kept, folder = Path(results, f"{row}-seed{seed}"), Path(out_dir, f"{row}-seed{seed}")
-    if all((kept / f"{file}.json").exists() for file, _ in COLUMNS.values()):
+    folder = Path(out_dir, f"{row}-seed{seed}")
+    if all((folder / f"{file}.json").exists() for file, _ in COLUMNS.values()):
         return
-    kept.mkdir(parents=True, exist_ok=True)
     tokenizer, dit = folder / "tokenizer" / "checkpoint.pt", folder / "dit" / "checkpoint.pt"
     evaluate = dict(feature_net=feature_net, lpips_net="none", workers=0)
 
@@ -104,35 +102,35 @@ def run_cell(row, seed):
 
     def sample(name, scale):
         npz = folder / name / "samples.npz"
-        if not (kept / f"{name}.json").exists():
+        if not (folder / f"{name}.json").exists():
             run(npz, "sample.py", checkpoint=dit, num_samples=samples, cfg_scale=scale, out_dir=npz.parent)
-            run(kept / f"{name}.json", "eval.py", samples=npz, reference=f"{data_dir}/test",
-                out=kept / f"{name}.json", **evaluate)
+            run(folder / f"{name}.json", "eval.py", samples=npz, reference=f"{data_dir}/test",
+                out=folder / f"{name}.json", **evaluate)
 
     folder.mkdir(parents=True, exist_ok=True)
     run(tokenizer, "train_tokenizer.py", tokenizer_config, data_dir=data_dir, seed=seed, resume=True,
         out_dir=tokenizer.parent, **ROWS[row])
-    run(kept / "tokenizer.json", "eval.py", tokenizer=tokenizer, out=kept / "tokenizer.json", **evaluate)
+    run(folder / "tokenizer.json", "eval.py", tokenizer=tokenizer, out=folder / "tokenizer.json", **evaluate)
     run(dit, "train_dit.py", dit_config, tokenizer=tokenizer, seed=seed, resume=True, out_dir=dit.parent)
     sample("samples", 1)
     sample("guided", cfg_scale)
-    if not (kept / "seams.json").exists():
+    if not (folder / "seams.json").exists():
         source = data.open_split(data_dir, "val", 0, 0)
         photographs = differences(np.stack([np.asarray(source.load(i)) for i in data.spread(source, samples)]))
         with np.load(folder / "samples" / "samples.npz") as file:
             drawn = differences(file["arr_0"])
         value = {"seams": seams(drawn, photographs, downsample)}
         value |= {"samples": drawn.tolist(), "photographs": photographs.tolist()}
-        (kept / "seams.json").write_text(json.dumps(value))
+        (folder / "seams.json").write_text(json.dumps(value))
     for log in tokenizer, dit:  # how it went: every tenth line or so is enough for a curve
         lines = (log.parent / "log.jsonl").read_text().splitlines()
-        (kept / f"{log.parent.name}.log.jsonl").write_text("\n".join(lines[::max(1, len(lines) // 40)]) + "\n")
+        (folder / f"{log.parent.name}.log.jsonl").write_text("\n".join(lines[::max(1, len(lines) // 40)]) + "\n")
 
 
 def measured(row, seed, column):
     """A number, or None if it isn't there yet."""
     file, metric = COLUMNS[column]
-    path = Path(results, f"{row}-seed{seed}", f"{file}.json")
+    path = Path(out_dir, f"{row}-seed{seed}", f"{file}.json")
     if path.exists():
         for name, value in json.loads(path.read_text()).items():
             if name.split(" (")[0] == metric:
@@ -179,14 +177,14 @@ def main():
         row, seed = cell.split(":")
         return run_cell(row, int(seed))
     if not print_only:
-        there = [json.loads(path.read_text())["constants"] for path in Path(results).glob("*/tokenizer.json")]
-        chosen_dtype = there[0]["dtype"] if there and dtype == "auto" else dtype
-        chosen_dtype = str(runtime.Distributed(dtype=chosen_dtype, saves=False).dtype).removeprefix("torch.")
+        finished = [json.loads(path.read_text())["constants"] for path in Path(out_dir).glob("*/tokenizer.json")]
+        common_dtype = finished[0]["dtype"] if finished and dtype == "auto" else dtype
+        common_dtype = str(runtime.Distributed(dtype=common_dtype, saves=False).dtype).removeprefix("torch.")
         waiting, running = [f"{row}:{seed}" for seed in seeds for row in chosen], []
         failed = 0
         while waiting or running:
             while waiting and len(running) < jobs:
-                running.append(subprocess.Popen([sys.executable, __file__, *sys.argv[1:], f"--dtype={chosen_dtype}",
+                running.append(subprocess.Popen([sys.executable, __file__, *sys.argv[1:], f"--dtype={common_dtype}",
                                                  f"--cell={waiting.pop(0)}"]))
             time.sleep(1)
             for process in [process for process in running if process.poll() is not None]:

@@ -175,3 +175,29 @@ def test_adamw_is_torch_s(network):
         optimizer.step(rate)
     assert all(p.grad is None for p in model.parameters())
     assert all(map(torch.equal, model.parameters(), other.parameters()))
+
+
+def test_cosine_end_points():
+    """Linear from above 0 to the base rate, half a cosine down to the final one, the middle in the middle."""
+    rate = [optim.cosine(step, 110, 1e-3, 1e-6, warmup=10) for step in range(111)]
+    assert rate[:10] == pytest.approx([1e-4 * k for k in range(1, 11)])
+    assert rate[10] == pytest.approx(1e-3) and rate[110] == pytest.approx(1e-6)
+    assert rate[60] == pytest.approx((1e-3 + 1e-6) / 2)
+    assert all(a >= b for a, b in zip(rate[10:], rate[11:]))
+    assert optim.cosine(0, 100, 0.996, 1.0) == pytest.approx(0.996)  # the teacher's momentum rises
+    assert optim.cosine(100, 100, 0.996, 1.0) == pytest.approx(1.0)
+    assert math.isfinite(optim.cosine(5, 5, 1.0, 0.0, warmup=5)), "a warm-up over the whole run"
+
+
+def test_update_ema():
+    """m t + (1 - m) s, in place and without a gradient; m = 1 leaves it alone."""
+    trained = [torch.randn(3, 2, requires_grad=True), torch.randn(5, requires_grad=True)]
+    averaged = [torch.randn(3, 2), torch.randn(5)]
+    expected = [0.9 * t + 0.1 * s.detach() for t, s in zip(averaged, trained)]
+    optim.update_ema(averaged, trained, 0.9)
+    for got, want in zip(averaged, expected):
+        torch.testing.assert_close(got, want)
+        assert not got.requires_grad
+    before = [t.clone() for t in averaged]
+    optim.update_ema(averaged, trained, 1.0)
+    assert all(map(torch.equal, averaged, before))
