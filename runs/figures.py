@@ -1,8 +1,9 @@
-"""The pictures in docs/: how an image flows through TC-AE, and what runs/study.py found. Needs matplotlib.
+"""The pictures in docs/: how an image flows through TC-AE, and what runs/study.py and tables.py found. Needs matplotlib.
 
     python runs/figures.py --only=flow          # the encoder's token counts, drawn
     python runs/figures.py --only=study         # quality, structure loss and seams, from the study's results
     python runs/figures.py --only=colours       # from out/study: the tokens as colours, without and with SSL
+    python runs/figures.py --only=figure6       # the paper's Figure 6, after runs/tables.py --table=figure6
 """
 import json
 import os
@@ -27,9 +28,10 @@ from model import TCAE
 from runtime import check
 from shapes import Shapes
 
-only = ""  # flow, study, colours, or several: flow,study; "" = all
+only = "flow,study"  # one or several of flow, study, colours, figure6
 results = "docs/study"  # of runs/study.py
 study_dir = "out/study"  # with its tokenizers, for the colours
+tables_dir = "out/tables-imagenet"  # of runs/tables.py, for figure6
 data_dir = "cifar10"  # for the colours
 seed = 0  # of the study, for the colours
 out_dir = "docs"
@@ -185,14 +187,28 @@ def colours():
     save(figure, "study_colours.png")
 
 
-FIGURES = {"flow": flow, "study": study_figure, "colours": colours}
+def figure6():
+    """figure6.png: gFID of Table 2's rows against the generator's steps."""
+    figure, axes = plt.subplots(figsize=(4.5, 3))
+    for (row, name), colour in zip(TABLE_2.items(), (GREY, BLUE, ORANGE, GREEN)):
+        found = {int(path.stem.removeprefix("step-")): json.loads(path.read_text())["gFID"]
+                 for path in Path(tables_dir, row.replace("p4", "p8")).glob("step-*.json")}
+        if found:
+            axes.plot(sorted(found), [found[step] for step in sorted(found)], "o-", color=colour, ms=4, label=name)
+    check(axes.lines, f"tables_dir={tables_dir} has no results; run runs/tables.py --table=figure6 first")
+    axes.set(xlabel="the generator's steps", ylabel="gFID ↓", xlim=(0, None))
+    axes.legend(frameon=False)
+    save(figure, "figure6.png")
+
+
+FIGURES = {"flow": flow, "study": study_figure, "colours": colours, "figure6": figure6}
 
 
 def main():
     runtime.configure(globals())
     os.chdir(ROOT)
     study.out_dir = results
-    chosen = only.split(",") if only else list(FIGURES)
+    chosen = only.split(",")
     for name in chosen:
         check(name in FIGURES, f"only: {name!r} is none of {', '.join(FIGURES)}")
     for name in chosen:

@@ -132,13 +132,14 @@ def test_the_published_weights_are_asked_for_as_safetensors(monkeypatch):
             return network(**given) if use_safetensors else None
 
         monkeypatch.setattr(network, "from_pretrained", from_pretrained)
-    for name, shape in ("dc_ae", (32, 8, 8)), ("sd_vae", (16, 16, 16)):
+    for name, shape in ("dc_ae", (32, 8, 8)), ("dc_ae_1_5", (32, 8, 8)), ("sd_vae", (16, 16, 16)):
         tcae = latents.open_tokenizer(str(ROOT / f"runs/tokenizers/{name}.py"), ALONE)
         with torch.no_grad():
             z = tcae.encode(torch.zeros(1, 3, 256, 256))
             assert tcae.latent_shape == z.shape[1:] == shape and tcae.decode(z).shape == (1, 3, 256, 256)
         assert tcae.data_dir == "imagenet" and not tcae.training
-    assert asked == ["mit-han-lab/dc-ae-f32c32-in-1.0-diffusers", "stabilityai/sd-vae-ft-ema"]
+    assert asked == ["mit-han-lab/dc-ae-f32c32-in-1.0-diffusers", "dc-ai/dc-ae-1.5-f32c128-diffusers",
+                     "stabilityai/sd-vae-ft-ema"]
 
 
 @pytest.mark.parametrize("text, words", [

@@ -183,6 +183,20 @@ def test_the_table_and_the_pictures(tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "| p4-none | 23.50 / – | – / – | 1.25 / – |" in out and "| p4-stc | – / – |" in out
     assert "32.92 < 44.72 | 7.00 and 9.00 | holds (one seed) |" in out
-    run_here(figures, only="flow,study", out_dir=tmp_path)
+    run_here(figures, out_dir=tmp_path)
     for name in "flow.png", "study.png":
         assert np.asarray(Image.open(tmp_path / name)).std() > 1
+
+
+def test_the_paper_s_figure_6(tmp_path, monkeypatch):
+    """From files as runs/tables.py writes them, in the order of steps; a row that was not run has no curve."""
+    figures, drawn = importlib.import_module("figures"), []
+    monkeypatch.setattr(figures, "save", lambda figure, name: drawn.append(figure.axes[0]))
+    for row, step, gfid in ("p8", 10000, 30.0), ("p8-stc", 100000, 16.0), ("p8-stc", 20000, 25.0):
+        (tmp_path / row).mkdir(exist_ok=True)
+        (tmp_path / row / f"step-{step}.json").write_text(json.dumps({"gFID": gfid, "IS": 50.0}))
+    run_here(figures, only="figure6", tables_dir=tmp_path)
+    curves = {line.get_label(): [list(values) for values in line.get_data()] for line in drawn[0].lines}
+    assert curves == {"SSL": [[10000], [30.0]], "both": [[20000, 100000], [25.0, 16.0]]}
+    with pytest.raises(SystemExit, match="run runs/tables.py --table=figure6 first"):
+        run_here(figures, only="figure6", tables_dir=tmp_path / "none")

@@ -17,11 +17,11 @@ ARCHITECTURE = {
 
 
 class DCAE(nn.Module):
-    image_size, downsample, latent_channels = 256, 32, 32
+    image_size, downsample = 256, 32
 
     def __init__(self, network):
         super().__init__()
-        self.network = network
+        self.network, self.latent_channels = network, network.config.latent_channels
 
     def encode(self, images):
         return self.network.encode(images).latent
