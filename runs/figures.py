@@ -1,4 +1,4 @@
-"""The pictures in docs/: how an image flows through TC-AE, and what runs/study.py and tables.py found. Needs matplotlib.
+"""The pictures in docs/: how an image flows through TC-AE, what runs/study.py and tables.py found. Needs matplotlib.
 
     python runs/figures.py --only=flow          # the encoder's token counts, drawn
     python runs/figures.py --only=study         # quality, structure loss and seams, from the study's results

@@ -1,4 +1,5 @@
-"""DC-AE 1.5 f32c128 (Chen et al. 2025, arXiv 2508.00413), in Table 4: latents of our shape. After `pip install diffusers`:
+"""DC-AE 1.5 f32c128 (Chen et al. 2025, arXiv 2508.00413), Table 4: latents of our shape. After `pip install
+diffusers`:
 
     torchrun --nproc_per_node=8 train_dit.py --tokenizer=runs/tokenizers/dc_ae_1_5.py --out_dir=out/dc_ae_1_5
 
