@@ -138,16 +138,17 @@ class TrainLoader:
     Each is collate([transform(image, rng), …]), made in the loading workers. (seed, epoch) decides the order and (seed,
     epoch, image) the rng, so the training data depends neither on processes or workers nor on a restart. An image that
     can't be used is replaced by another.
-    short_side: pixels that a JPEG's short side must keep, see ImageFolder.load; 0 = all.
+    short_side: pixels that a JPEG's short side must keep, see ImageFolder.load; 0 = all. resumed: the checkpoint that
+    the run goes on from, whose "bad_files" count.
     """
 
     def __init__(self, source, transform, batch_size, start, steps, seed, dist, collate=default_collate, short_side=0,
-                 micro_batches=1, workers=0):
+                 micro_batches=1, workers=0, resumed=None):
         order = training_order(len(source), batch_size, start, steps, seed, dist.rank, dist.count, micro_batches)
-        self.batches = iter(torch.utils.data.DataLoader(
-            TrainBatches(source, transform, seed, collate, short_side), sampler=order, batch_size=None,
-            num_workers=workers, worker_init_fn=ignore_signals, pin_memory=dist.device.type == "cuda"))
-        self.source, self.dist, self.seconds, self.bad, self.reported = source, dist, 0.0, [], {}
+        self.batches = iter(loading(TrainBatches(source, transform, seed, collate, short_side), order, workers,
+                                    pin_memory=dist.device.type == "cuda"))
+        self.source, self.dist, self.seconds, self.bad = source, dist, 0.0, []
+        self.reported = dict((resumed or {}).get("bad_files", {}))  # {name: reason}
 
     def __iter__(self):
         return self
@@ -170,6 +171,13 @@ class TrainLoader:
         """Names files that can't be used, each once; more than 1 % end the run. All processes must call it."""
         report_bad_files(self.source, len(self.source), self.bad, self.reported, self.dist)
         self.bad = []
+
+
+def loading(batches, order, workers, **options):
+    """The items of `batches` that `order` yields, loaded by so many processes."""
+    check(workers <= 1024, f"workers={workers} loading processes are more than any machine runs")
+    return torch.utils.data.DataLoader(batches, sampler=order, batch_size=None, num_workers=workers,
+                                       worker_init_fn=ignore_signals, **options)
 
 
 def training_order(images, batch_size, start, steps, seed, rank=0, count=1, micro_batches=1):
@@ -216,9 +224,8 @@ def eval_loader(source, size, batch_size, dist, workers=0, images=0, title="", i
     """
     count, bad = min(images or len(source), len(source)), []
     mine = (spread(source, count) if indices is None else indices)[dist.rank::dist.count].tolist()
-    loader = torch.utils.data.DataLoader(
-        CenterCrops(source, size), sampler=[mine[k:k + batch_size] for k in range(0, len(mine), batch_size)],
-        batch_size=None, num_workers=workers, worker_init_fn=ignore_signals)
+    loader = loading(CenterCrops(source, size), [mine[k:k + batch_size] for k in range(0, len(mine), batch_size)],
+                     workers)
     for pixels, chosen, names in bar(loader, dist, desc=title) if title else loader:
         bad += names
         if len(pixels) or keep_empty:

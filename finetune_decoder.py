@@ -206,8 +206,8 @@ def main():
         if dist.first:
             runtime.save_checkpoint(path, {
                 **runtime.header("tokenizer", constants, dist), "step": step, "finished": finished,
-                "images": len(train), "tokenizer": averaged.state_dict(), "decoder": decoder.state_dict(),
-                "optimizer": optimizer.state_dict(),
+                "images": len(train), "bad_files": loader.reported, "tokenizer": averaged.state_dict(),
+                "decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(),
                 **({"discriminator": discriminator.heads.state_dict(),
                     "discriminator_optimizer": discriminator_optimizer.state_dict()} if discriminator else {})})
 
@@ -218,7 +218,8 @@ def main():
     runtime.make_folder(out_dir, dist)
     picture = os.path.join(out_dir, "reconstructions.png")
     crop = functools.partial(data.random_crop, size=image_size)
-    loader = data.TrainLoader(train, crop, batch_size, start, steps, seed, dist, short_side=image_size, workers=workers)
+    loader = data.TrainLoader(train, crop, batch_size, start, steps, seed, dist, short_side=image_size, workers=workers,
+                              resumed=resumed)
     progress = runtime.Progress(out_dir, start, steps, batch_size, dist)
 
     done, stopping = start, False

@@ -160,7 +160,7 @@ def main():
     wrapped = dist.distribute(model)
 
     loader = data.TrainLoader(source, Example(shape, model.null_class), batch_size, start, steps, seed, dist,
-                              micro_batches=accumulate, workers=workers)
+                              micro_batches=accumulate, workers=workers, resumed=resumed)
     progress = runtime.Progress(out_dir, start, steps, batch_size, dist)
     picture = os.path.join(out_dir, "samples.png")
 
@@ -206,7 +206,8 @@ def main():
             if keeping:
                 runtime.save_checkpoint(os.path.join(out_dir, f"step-{done}.pt"), to_sample)
             if saving:
-                to_resume = {"model": model.state_dict(), "optimizer": optimizers.state_dict()}
+                to_resume = {"model": model.state_dict(), "optimizer": optimizers.state_dict(),
+                             "bad_files": loader.reported}
                 runtime.save_checkpoint(path, {**to_sample, **to_resume})
         if stopping and not last:
             progress.bar.close()

@@ -191,7 +191,7 @@ def main():
         if dist.first:
             runtime.save_checkpoint(path, {
                 **runtime.header("tokenizer", constants, dist), "step": step, "finished": finished,
-                "images": len(train),
+                "images": len(train), "bad_files": loader.reported,
                 "tokenizer": tcae.state_dict(), "optimizer": optimizers.state_dict(),
                 **({"heads": heads.state_dict(), "teacher": teacher.state_dict(), "centers": ibot.centers}
                    if heads else {})})
@@ -203,7 +203,8 @@ def main():
     picture = os.path.join(out_dir, "reconstructions.png")
     transform = Views(multi_crop)
     loader = data.TrainLoader(train, transform, batch_size, start, steps, seed, dist, collate=transform.collate,
-                              short_side=transform.short_side, micro_batches=accumulate, workers=workers)
+                              short_side=transform.short_side, micro_batches=accumulate, workers=workers,
+                              resumed=resumed)
     progress = runtime.Progress(out_dir, start, steps, batch_size, dist)
 
     done, stopping = start, False

@@ -401,6 +401,13 @@ def test_a_strip_is_cropped_before_it_is_enlarged():
         assert (data.center_crop(image, 256) == (0, 0, 255)).all()
 
 
+def test_loading_processes_beyond_reason_are_refused():
+    source = data.Shapes("train", 8, 32)
+    assert "workers=100000 " in failure(data.TrainLoader, source, to_pixels, 2, 0, 2, 0, process(), to_pixels, 0, 1,
+                                        100000)
+    assert "workers=100000 " in failure(list, data.eval_loader(source, 16, 2, process(), 100000))
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_both_loaders_report_what_they_could_not_decode(folder, workers):
     """Training when it is asked to, evaluation at its end; both stop, since one of four is too many. A source of nothing

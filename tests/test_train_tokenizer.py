@@ -450,6 +450,25 @@ def test_a_validation_batch_without_any_good_image(tmp_path, here, monkeypatch):
     assert checkpoint(tmp_path / "out")["finished"] and log(tmp_path / "out")[1][0]["val_psnr"] > 5
 
 
+def test_a_resumed_run_counts_the_bad_files_of_before(tmp_path, here, monkeypatch):
+    """One of eight may be bad: one before the stop and another one after it are too many."""
+    monkeypatch.setattr(data, "BAD_SHARE", 0.125)
+    for split in "train", "val":
+        (tmp_path / split / "class").mkdir(parents=True)
+        for i in range(8):
+            data.Shapes(split, 10, 32).load(i).save(tmp_path / split / "class" / f"{i}.png")
+    bad, good = tmp_path / "train/class/0.png", tmp_path / "train/class/1.png"
+    constants = dict(data_dir=tmp_path, out_dir=tmp_path / "out", batch_size=4, epochs=4)
+    bad.write_bytes(b"")
+    with stop_after(4):
+        here(**constants)
+    assert list(checkpoint(tmp_path / "out")["bad_files"]) == [str(bad)]
+    good.rename(bad)
+    good.write_bytes(b"")
+    with pytest.raises(SystemExit, match=f"2 of 8 images can't be used, over 12%: {bad} .*, {good} "):
+        here(**constants, resume=True)
+
+
 def test_every_step_follows_its_schedules(here, tmp_path, monkeypatch):
     """The rate rises and falls along a cosine, the teacher's momentum rises along one to 1, its temperature along a
     line; and the gradient that reaches the optimizer is no longer than grad_clip."""
