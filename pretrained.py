@@ -80,7 +80,7 @@ def training_lpips(dist, net="vgg"):
 
 def load_exported(path, constant):
     """A file of torch.export.save. Pickles and compiled code, which it may hold, are not loaded."""
-    check(os.path.isfile(path), f"{constant}={path}: there is no such file")
+    check(os.path.isfile(path), f"{constant}={path}: there is no such file; runs/features.py writes it")
     harmful = any(kind in Path(path).read_bytes() for kind in (b"data/aotinductor/", b"opaque_obj_"))
     check(not harmful, f"{constant}={path} holds compiled code or Python objects, which may be harmful")
     return torch.export.load(path)  # torch.load in there is safe, by runtime.py
@@ -114,11 +114,12 @@ class FeatureDistance:
     squared distance between the two unit vectors of channels; means over places, then over maps. LPIPS weights the
     channels by what people judged alike, which nobody has measured for 32 px.
 
-    path: a file of torch.export.save, images -> a tuple of feature maps, as runs/cifar10_features.py writes it.
+    path: a file of torch.export.save, images -> a tuple of feature maps, as runs/features.py writes it.
     """
 
     def __init__(self, path, dist):
-        self.maps, self.dist = load_exported(path, "lpips_net").module().to(dist.device), dist
+        self.maps = load_exported(path, "lpips_net").module().to(dist.device, memory_format=torch.channels_last)
+        self.dist = dist
 
     def __call__(self, a, b):
         with self.dist.autocast():

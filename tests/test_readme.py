@@ -4,6 +4,7 @@ import importlib.util
 import re
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +44,7 @@ def test_the_files_are_about_as_long_as_it_says():
 
 
 SHORTER = {  # for a smoke test: constants alone
+    "runs/features.py": dict(shapes_images=128, epochs=1, dtype="float32"),
     "train_tokenizer.py": dict(shapes_images=64, epochs=1, workers=0, warmup_epochs=0.5, val_images=20, stats_images=32,
                                dtype="float32"),
     "train_dit.py": dict(size="32/1/2", epochs=1, decay_epoch=1, warmup_steps=0, batch_size=32, workers=0,
@@ -53,14 +55,16 @@ SHORTER = {  # for a smoke test: constants alone
 
 
 def test_the_stages_one_by_one_run_as_written(tmp_path, monkeypatch):
-    """The four laptop commands, in an empty folder beside config/, each with less to do."""
+    """The five laptop commands, in an empty folder beside config/, each with less to do."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "runs"))
     (tmp_path / "config").symlink_to(ROOT / "config")
     block = next(block for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "--pca=True" in block)
     commands = [shlex.split(line)[1:] for line in block.splitlines()]
     assert [script for script, *_ in commands] == list(SHORTER)
     for script, *words in commands:
-        module = sys.modules.get(script[:-3]) or importlib.import_module(script[:-3])
+        name = Path(script).stem
+        module = sys.modules.get(name) or importlib.import_module(name)
         before = dict(vars(module))
         monkeypatch.setattr(sys, "argv", [script, *words, *(f"--{name}={x}" for name, x in SHORTER[script].items())])
         module.main()

@@ -22,7 +22,7 @@ from conftest import ROOT
 from test_train_dit import run_here
 
 sys.path.insert(0, str(ROOT / "runs"))
-import cifar10_features  # noqa: E402
+import features  # noqa: E402
 import study  # noqa: E402
 
 SCRIPTS = {"train_tokenizer.py": train_tokenizer, "train_dit.py": train_dit, "sample.py": sample, "eval.py": evaluation}
@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
             path.parent.mkdir(parents=True, exist_ok=True)
             source.load(i).save(path)
     for network in "resnet", "vgg":
-        run_here(cifar10_features, data_dir=folder / "cifar10", network=network, epochs=1, batch_size=32,
+        run_here(features, data_dir=folder / "cifar10", network=network, epochs=1, batch_size=32,
                  out=folder / f"{network}.pt2", dtype="float32")
     return folder
 

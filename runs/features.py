@@ -1,11 +1,13 @@
-"""Two small networks that know CIFAR-10: one to measure samples by, one to train the tokenizer against.
+"""Two small classifiers of 32 px images: one to measure samples by, one to train the tokenizer against.
 
-    python runs/cifar10_features.py --data_dir=cifar10                  # a residual network, for eval.py --feature_net
-    python runs/cifar10_features.py --data_dir=cifar10 --network=vgg    # a VGG, for --lpips_net
+    python runs/features.py --data_dir=cifar10                          # a residual network, for eval.py --feature_net
+    python runs/features.py config/cifar10_vgg.py --data_dir=cifar10    # a VGG, for --lpips_net
+    python runs/features.py config/shapes_vgg.py                        # one for the shapes, half a minute
 
 The first takes uint8 images and returns features and logits, as `feature_net` does; Fréchet distances in its features
 are called FD (CIFAR-10 classifier), never FID. The second takes images in [-1, 1] and returns its feature maps, as
-`lpips_net` does. They share neither architecture nor seed, so what is trained against one is judged by the other.
+`lpips_net` does: LPIPS in miniature, whose VGG learned ImageNet's classes. They share neither architecture nor seed, so
+what is trained against one is judged by the other.
 """
 import sys
 import time
@@ -22,8 +24,10 @@ import data
 import runtime
 from runtime import check
 
-data_dir = "cifar10"  # holds train/CLASS/ and test/CLASS/
+data_dir = "cifar10"  # holds train/CLASS/ and test/CLASS/; or "shapes"
+shapes_images = 16000  # how many shapes to learn from
 network = "resnet"  # or "vgg"
+width = 32  # channels of its first convolutions
 out = ""  # "" = out/cifar10_<network>.pt2
 epochs = 9
 batch_size = 256
@@ -42,11 +46,10 @@ def convolution(before, after):
 
 
 class ResNet(nn.Module):
-    """A residual network of eight convolutions: (B, 3, 32, 32) in [-1, 1] -> features (B, 256), logits (B, K)."""
+    """A residual network of eight convolutions: (B, 3, 32, 32) in [-1, 1] -> features (B, 8 w), logits (B, K)."""
 
-    def __init__(self, classes, width=32):
+    def __init__(self, classes, w):
         super().__init__()
-        w = width
         self.stem = convolution(3, w)
         self.downs = nn.ModuleList([convolution(w, 2 * w), convolution(2 * w, 4 * w), convolution(4 * w, 8 * w)])
         self.residuals = nn.ModuleList([nn.Sequential(convolution(2 * w, 2 * w), convolution(2 * w, 2 * w)),
@@ -66,9 +69,9 @@ class ResNet(nn.Module):
 class VGG(nn.Module):
     """Six convolutions in three stages: (B, 3, 32, 32) in [-1, 1] -> the stages' feature maps, at 32, 16 and 8 px."""
 
-    def __init__(self, classes, width=32):
+    def __init__(self, classes, w):
         super().__init__()
-        widths = (3, width, 2 * width, 4 * width)
+        widths = (3, w, 2 * w, 4 * w)
         self.stages = nn.ModuleList([nn.Sequential(convolution(a, b), convolution(b, b))
                                      for a, b in zip(widths, widths[1:])])
         self.head = nn.Linear(widths[-1], classes)
@@ -109,7 +112,7 @@ class Maps(nn.Module):
 
 def read(split):
     """All images of a split: uint8 (N, 3, 32, 32), labels (N,), class names."""
-    source = data.open_split(data_dir, split, SIZE, 0)
+    source = data.open_split(data_dir, split, SIZE, shapes_images)
     pixels = np.stack([np.asarray(source.load(i)) for i in range(len(source))])
     check(pixels.shape[1:] == (SIZE, SIZE, 3), f"data_dir={data_dir}: the networks are made for {SIZE} × {SIZE} pixels")
     return torch.from_numpy(pixels).movedim(-1, 1).contiguous(), torch.tensor(source.labels), source.classes
@@ -142,7 +145,7 @@ def main():
     pixels, labels, classes = read("train")
     held_out, held_out_labels, _ = read("val")
     torch.manual_seed(seed + (network == "vgg"))
-    net = (ResNet if network == "resnet" else VGG)(len(classes)).to(dist.device, memory_format=torch.channels_last)
+    net = (ResNet if network == "resnet" else VGG)(len(classes), width).to(dist.device, memory_format=torch.channels_last)
     steps_per_epoch = len(pixels) // batch_size
     steps = epochs * steps_per_epoch
     sgd = torch.optim.SGD(net.parameters(), lr=learning_rate, momentum=0.9, nesterov=True, weight_decay=weight_decay)
@@ -165,7 +168,7 @@ def main():
             print(f"step {step + 1}/{steps}: loss {loss.item():.3f}, {time.perf_counter() - began:.0f} s", flush=True)
     net.eval()
     print(f"{network} knows {accuracy(net, held_out, held_out_labels, dist):.2%} of {len(held_out)} held-out images")
-    net = net.cpu().float().requires_grad_(False)
+    net = net.cpu().to(memory_format=torch.contiguous_format).requires_grad_(False)
     if network == "resnet":
         example, exported = torch.zeros(2, SIZE, SIZE, 3, dtype=torch.uint8), Judge(net)
     else:
