@@ -139,16 +139,20 @@ class TrainLoader:
     epoch, image) the rng, so the training data depends neither on processes or workers nor on a restart. An image that
     can't be used is replaced by another.
     short_side: pixels that a JPEG's short side must keep, see ImageFolder.load; 0 = all. resumed: the checkpoint that
-    the run goes on from, whose "bad_files" count.
+    the run goes on from, whose "bad_files" count if they still are.
     """
 
     def __init__(self, source, transform, batch_size, start, steps, seed, dist, collate=default_collate, short_side=0,
                  micro_batches=1, workers=0, resumed=None):
         order = training_order(len(source), batch_size, start, steps, seed, dist.rank, dist.count, micro_batches)
-        self.batches = iter(loading(TrainBatches(source, transform, seed, collate, short_side), order, workers,
-                                    pin_memory=dist.device.type == "cuda"))
+        self.batches = iter(data_loader(TrainBatches(source, transform, seed, collate, short_side), order, workers,
+                                        pin_memory=dist.device.type == "cuda"))
         self.source, self.dist, self.seconds, self.bad = source, dist, 0.0, []
-        self.reported = dict((resumed or {}).get("bad_files", {}))  # {name: reason}
+        before, still = (resumed or {}).get("bad_files", {}), []
+        for i in range(len(source)) if before else ():  # those that were mended meanwhile no longer count
+            if source.name(i) in before:
+                try_load(source, i, still, transform, np.random.default_rng(0))
+        self.reported = dict(still)  # {name: reason}
 
     def __iter__(self):
         return self
@@ -173,11 +177,11 @@ class TrainLoader:
         self.bad = []
 
 
-def loading(batches, order, workers, **options):
+def data_loader(batches, order, workers, pin_memory=False):
     """The items of `batches` that `order` yields, loaded by so many processes."""
-    check(workers <= 1024, f"workers={workers} loading processes are more than any machine runs")
+    check(workers <= 1024, f"workers={workers} loading processes would stall any machine; one for each core is enough")
     return torch.utils.data.DataLoader(batches, sampler=order, batch_size=None, num_workers=workers,
-                                       worker_init_fn=ignore_signals, **options)
+                                       worker_init_fn=ignore_signals, pin_memory=pin_memory)
 
 
 def training_order(images, batch_size, start, steps, seed, rank=0, count=1, micro_batches=1):
@@ -224,8 +228,8 @@ def eval_loader(source, size, batch_size, dist, workers=0, images=0, title="", i
     """
     count, bad = min(images or len(source), len(source)), []
     mine = (spread(source, count) if indices is None else indices)[dist.rank::dist.count].tolist()
-    loader = loading(CenterCrops(source, size), [mine[k:k + batch_size] for k in range(0, len(mine), batch_size)],
-                     workers)
+    parts = [mine[k:k + batch_size] for k in range(0, len(mine), batch_size)]
+    loader = data_loader(CenterCrops(source, size), parts, workers)
     for pixels, chosen, names in bar(loader, dist, desc=title) if title else loader:
         bad += names
         if len(pixels) or keep_empty:

@@ -1,6 +1,6 @@
 """Stage 1: the TC-AE tokenizer, trained jointly with self-supervision (Sec. 3.4 and 3.5).
 
-    python train_tokenizer.py config/shapes_tokenizer.py                      # a laptop, minutes, no data needed
+    python train_tokenizer.py config/shapes_tokenizer.py                      # a laptop, after runs/features.py
     torchrun --nproc_per_node=8 train_tokenizer.py --patch_size=8             # the paper's run, ImageNet in imagenet/
     python train_tokenizer.py --out_dir=out/x --resume=True                   # continues a stopped run
 

@@ -1,4 +1,4 @@
-"""The perceptual loss for CIFAR-10: a VGG that has learned its classes. Give it --data_dir=FOLDER."""
+"""The perceptual loss of config/study_tokenizer.py: a VGG that has learned CIFAR-10. Give it --data_dir=FOLDER."""
 network = "vgg"
 epochs = 4
 learning_rate = 0.2

@@ -1,4 +1,4 @@
-"""The tokenizer on built-in shapes: two CPU cores, minutes, no download.
+"""The tokenizer on built-in shapes, after config/shapes_vgg.py: two CPU cores, minutes, no download.
 
 32 px images, latents 4 × 4 × 8: 24-fold compression, the paper's ratio."""
 data_dir = "shapes"
@@ -12,7 +12,7 @@ encoder = "128/3/4"
 decoder = "128/4/4"
 stc_depth = 1
 alpha = 30.0  # above Table 9's 10, which is best for reconstruction: a run of minutes needs it
-lpips_net = "out/shapes_vgg.pt2"  # of runs/features.py
+lpips_net = "out/shapes_vgg.pt2"  # in VGG-16's place, whose features mean little at 32 px
 teacher_temp = (0.02, 0.03)  # small images, short training: at 0.04 the output becomes uniform
 teacher_temp_warmup_epochs = 0.1
 teacher_momentum = 0.99  # fewer steps than ImageNet's 125,000

@@ -1,14 +1,15 @@
-"""Two small classifiers of 32 px images: one to measure samples by, one to train the tokenizer against.
+"""Trains a small classifier of 32 px images, to measure samples by or to train a tokenizer against.
 
     python runs/features.py --data_dir=cifar10                          # a residual network, for eval.py --feature_net
     python runs/features.py config/cifar10_vgg.py --data_dir=cifar10    # a VGG, for --lpips_net
     python runs/features.py config/shapes_vgg.py                        # one for the shapes, half a minute
 
-The first takes uint8 images and returns features and logits, as `feature_net` does; Fréchet distances in its features
-are called FD (CIFAR-10 classifier), never FID. The second takes images in [-1, 1] and returns its feature maps, as
-`lpips_net` does: LPIPS in miniature, whose VGG learned ImageNet's classes. They share neither architecture nor seed, so
-what is trained against one is judged by the other.
+The residual network takes uint8 images and returns features and logits, as `feature_net` does; Fréchet distances in its
+features are called FD (CIFAR-10 classifier), never FID. The VGG takes images in [-1, 1] and returns its feature maps,
+as `lpips_net` does: LPIPS in miniature, where a VGG that has learned ImageNet's classes compares images. The two share
+neither architecture nor seed, so what is trained against one is judged by the other.
 """
+import os
 import sys
 import time
 from pathlib import Path
@@ -25,10 +26,10 @@ import runtime
 from runtime import check
 
 data_dir = "cifar10"  # holds train/CLASS/ and test/CLASS/; or "shapes"
-shapes_images = 16000  # how many shapes to learn from
+shapes_images = 16000  # how many shapes to learn from if data_dir = "shapes"
 network = "resnet"  # or "vgg"
 width = 32  # channels of its first convolutions
-out = ""  # "" = out/cifar10_<network>.pt2
+out = ""  # the file to write; "" = out/<data_dir's name>_<network>.pt2
 epochs = 9
 batch_size = 256
 learning_rate = 0.4  # of SGD with Nesterov momentum, at its peak after a fifth of the run
@@ -113,9 +114,11 @@ class Maps(nn.Module):
 def read(split):
     """All images of a split: uint8 (N, 3, 32, 32), labels (N,), class names."""
     source = data.open_split(data_dir, split, SIZE, shapes_images)
-    pixels = np.stack([np.asarray(source.load(i)) for i in range(len(source))])
-    check(pixels.shape[1:] == (SIZE, SIZE, 3), f"data_dir={data_dir}: the networks are made for {SIZE} × {SIZE} pixels")
-    return torch.from_numpy(pixels).movedim(-1, 1).contiguous(), torch.tensor(source.labels), source.classes
+    pixels = [np.asarray(source.load(i)) for i in range(len(source))]
+    check({x.shape for x in pixels} == {(SIZE, SIZE, 3)},
+          f"data_dir={data_dir}: the networks are made for {SIZE} × {SIZE} pixels")
+    check(len(pixels) >= batch_size, f"batch_size={batch_size} is more than the {len(pixels)} images")
+    return torch.from_numpy(np.stack(pixels)).movedim(-1, 1).contiguous(), torch.tensor(source.labels), source.classes
 
 
 def augment(pixels):
@@ -139,7 +142,8 @@ def accuracy(net, pixels, labels, dist):
 def main():
     runtime.configure(globals())
     check(network in ("resnet", "vgg"), f"network={network!r}: it is resnet or vgg")
-    path = out or f"out/cifar10_{network}.pt2"
+    path = out or f"out/{Path(data_dir).name}_{network}.pt2"
+    check(not os.path.exists(path), f"out={path} is there already: remove it, or give another name")
     dist = runtime.Distributed(device, dtype, seed, saves=False)
     runtime.make_folder(Path(path).parent)
     pixels, labels, classes = read("train")
@@ -174,7 +178,8 @@ def main():
     else:
         example, exported = torch.zeros(2, 3, SIZE, SIZE), Maps(net)
     batch = torch.export.Dim("batch", min=1)
-    torch.export.save(torch.export.export(exported.eval(), (example,), dynamic_shapes=({0: batch},)), path)
+    with runtime.whole_file(path) as file:
+        torch.export.save(torch.export.export(exported.eval(), (example,), dynamic_shapes=({0: batch},)), file)
     print(f"wrote {path}")
 
 

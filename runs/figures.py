@@ -24,6 +24,7 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 import data
 import runtime
 import study
+import tables
 from model import TCAE
 from runtime import check
 from shapes import Shapes
@@ -187,17 +188,24 @@ def colours():
     save(figure, "study_colours.png")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The paper's Figure 6
+
+
 def figure6():
-    """figure6.png: gFID of Table 2's rows against the generator's steps."""
-    figure, axes = plt.subplots(figsize=(4.5, 3))
-    for (row, name), colour in zip(TABLE_2.items(), (GREY, BLUE, ORANGE, GREEN)):
-        found = {int(path.stem.removeprefix("step-")): json.loads(path.read_text())["gFID"]
-                 for path in Path(tables_dir, row.replace("p4", "p8")).glob("step-*.json")}
-        if found:
-            axes.plot(sorted(found), [found[step] for step in sorted(found)], "o-", color=colour, ms=4, label=name)
-    check(axes.lines, f"tables_dir={tables_dir} has no results; run runs/tables.py --table=figure6 first")
-    axes.set(xlabel="the generator's steps", ylabel="gFID ↓", xlim=(0, None))
-    axes.legend(frameon=False)
+    """figure6.png: gFID and IS of Table 2's rows against the generator's steps."""
+    figure, panels = plt.subplots(1, 2, figsize=(8, 3))
+    for row, colour in zip(tables.TABLES["figure6"][2], (GREY, BLUE, ORANGE, GREEN)):
+        found = {int(path.stem.removeprefix("step-")): tables.measured(path)
+                 for path in Path(tables_dir, row).glob("step-*.json")}
+        for axes, metric in zip(panels, ("gFID", "IS")):
+            steps = sorted(step for step in found if metric in found[step])
+            if steps:
+                axes.plot(steps, [found[step][metric] for step in steps], "o-", color=colour, ms=4, label=row)
+    check(panels[0].lines, f"tables_dir={tables_dir} has no results; run runs/tables.py --table=figure6 first")
+    for axes, label in zip(panels, ("gFID ↓", "IS ↑")):
+        axes.set(xlabel="the generator's steps", ylabel=label, xlim=(0, None))
+    panels[0].legend(frameon=False)
     save(figure, "figure6.png")
 
 

@@ -129,10 +129,12 @@ def test_the_published_weights_are_asked_for_as_safetensors(monkeypatch):
 
         def from_pretrained(name, use_safetensors, network=network, given=constants):
             asked.append(name)
-            return network(**given) if use_safetensors else None
+            more = dict(latent_channels=128, encoder_block_out_channels=(32,) * 5 + (128,),
+                        decoder_block_out_channels=(32,) * 5 + (128,)) if "f32c128" in name else {}
+            return network(**{**given, **more}) if use_safetensors else None
 
         monkeypatch.setattr(network, "from_pretrained", from_pretrained)
-    for name, shape in ("dc_ae", (32, 8, 8)), ("dc_ae_1_5", (32, 8, 8)), ("sd_vae", (16, 16, 16)):
+    for name, shape in ("dc_ae", (32, 8, 8)), ("dc_ae_1_5", (128, 8, 8)), ("sd_vae", (16, 16, 16)):
         tcae = latents.open_tokenizer(str(ROOT / f"runs/tokenizers/{name}.py"), ALONE)
         with torch.no_grad():
             z = tcae.encode(torch.zeros(1, 3, 256, 256))

@@ -191,12 +191,14 @@ def test_the_table_and_the_pictures(tmp_path, monkeypatch, capsys):
 def test_the_paper_s_figure_6(tmp_path, monkeypatch):
     """From files as runs/tables.py writes them, in the order of steps; a row that was not run has no curve."""
     figures, drawn = importlib.import_module("figures"), []
-    monkeypatch.setattr(figures, "save", lambda figure, name: drawn.append(figure.axes[0]))
+    monkeypatch.setattr(figures, "save", lambda figure, name: drawn.extend(figure.axes))
     for row, step, gfid in ("p8", 10000, 30.0), ("p8-stc", 100000, 16.0), ("p8-stc", 20000, 25.0):
         (tmp_path / row).mkdir(exist_ok=True)
-        (tmp_path / row / f"step-{step}.json").write_text(json.dumps({"gFID": gfid, "IS": 50.0}))
+        (tmp_path / row / f"step-{step}.json").write_text(json.dumps({"gFID": gfid, "IS": 2 * gfid}))
     run_here(figures, only="figure6", tables_dir=tmp_path)
-    curves = {line.get_label(): [list(values) for values in line.get_data()] for line in drawn[0].lines}
-    assert curves == {"SSL": [[10000], [30.0]], "both": [[20000, 100000], [25.0, 16.0]]}
+    gfid, score = ({line.get_label(): [list(values) for values in line.get_data()] for line in axes.lines}
+                   for axes in drawn)
+    assert gfid == {"p8": [[10000], [30.0]], "p8-stc": [[20000, 100000], [25.0, 16.0]]}
+    assert score == {"p8": [[10000], [60.0]], "p8-stc": [[20000, 100000], [50.0, 32.0]]}
     with pytest.raises(SystemExit, match="run runs/tables.py --table=figure6 first"):
         run_here(figures, only="figure6", tables_dir=tmp_path / "none")

@@ -450,8 +450,9 @@ def test_a_validation_batch_without_any_good_image(tmp_path, here, monkeypatch):
     assert checkpoint(tmp_path / "out")["finished"] and log(tmp_path / "out")[1][0]["val_psnr"] > 5
 
 
-def test_a_resumed_run_counts_the_bad_files_of_before(tmp_path, here, monkeypatch):
-    """One of eight may be bad: one before the stop and another one after it are too many."""
+@pytest.mark.parametrize("mended", [False, True])
+def test_a_resumed_run_counts_the_bad_files_of_before(tmp_path, here, monkeypatch, mended):
+    """One of eight may be bad: one before the stop and one after it are too many, unless the first is mended."""
     monkeypatch.setattr(data, "BAD_SHARE", 0.125)
     for split in "train", "val":
         (tmp_path / split / "class").mkdir(parents=True)
@@ -463,10 +464,15 @@ def test_a_resumed_run_counts_the_bad_files_of_before(tmp_path, here, monkeypatc
     with stop_after(4):
         here(**constants)
     assert list(checkpoint(tmp_path / "out")["bad_files"]) == [str(bad)]
-    good.rename(bad)
+    if mended:
+        bad.write_bytes(good.read_bytes())
     good.write_bytes(b"")
-    with pytest.raises(SystemExit, match=f"2 of 8 images can't be used, over 12%: {bad} .*, {good} "):
+    if mended:
         here(**constants, resume=True)
+        assert checkpoint(tmp_path / "out")["finished"]
+    else:
+        with pytest.raises(SystemExit, match=f"2 of 8 images can't be used, over 12%: {bad} .*, {good} "):
+            here(**constants, resume=True)
 
 
 def test_every_step_follows_its_schedules(here, tmp_path, monkeypatch):

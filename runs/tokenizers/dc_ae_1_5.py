@@ -3,8 +3,9 @@ diffusers`:
 
     torchrun --nproc_per_node=8 train_dit.py --tokenizer=runs/tokenizers/dc_ae_1_5.py --out_dir=out/dc_ae_1_5
 
-The weights are downloaded once. Its paper orders the channels from structure to detail and adds a loss on the first of
-them to the generator's; train_dit.py treats all channels alike.
+The weights are downloaded once, by the name that they have in the authors' code (not tried yet). The paper orders the
+channels from structure to detail and adds a loss on the first of them to the generator's; train_dit.py treats all
+channels alike.
 """
 from diffusers import AutoencoderDC
 
