@@ -5,3 +5,4 @@ width = 16
 epochs = 2
 batch_size = 128
 learning_rate = 0.2
+augmented = False  # there are as many shapes as one likes
