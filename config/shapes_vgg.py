@@ -5,4 +5,4 @@ width = 16
 epochs = 2
 batch_size = 128
 learning_rate = 0.2
-augmented = False  # there are as many shapes as one likes
+augmented = False  # from moved and mirrored shapes it learns a worse loss (docs/LOG.md)
