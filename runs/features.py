@@ -118,7 +118,6 @@ def read(split):
     pixels = [np.asarray(source.load(i)) for i in range(len(source))]
     check({x.shape for x in pixels} == {(SIZE, SIZE, 3)},
           f"data_dir={data_dir}: the networks are made for {SIZE} × {SIZE} pixels")
-    check(len(pixels) >= batch_size, f"batch_size={batch_size} is more than the {len(pixels)} images")
     return torch.from_numpy(np.stack(pixels)).movedim(-1, 1).contiguous(), torch.tensor(source.labels), source.classes
 
 
@@ -148,6 +147,7 @@ def main():
     dist = runtime.Distributed(device, dtype, seed, saves=False)
     runtime.make_folder(Path(path).parent)
     pixels, labels, classes = read("train")
+    check(batch_size <= len(pixels), f"batch_size={batch_size} is more than the {len(pixels)} training images")
     held_out, held_out_labels, _ = read("val")
     torch.manual_seed(seed + (network == "vgg"))
     net = (ResNet if network == "resnet" else VGG)(len(classes), width).to(dist.device, memory_format=torch.channels_last)

@@ -60,7 +60,7 @@ def test_the_stages_one_by_one_run_as_written(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "runs"))
     (tmp_path / "config").symlink_to(ROOT / "config")
     block = next(block for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if "--pca=True" in block)
-    commands = [shlex.split(line)[1:] for line in block.splitlines()]
+    commands = [shlex.split(line, comments=True)[1:] for line in block.splitlines()]
     assert [script for script, *_ in commands] == list(SHORTER)
     for script, *words in commands:
         name = Path(script).stem
@@ -86,5 +86,5 @@ def test_every_equation_is_where_the_table_says():
 
 
 def test_every_file_that_it_names_is_there():
-    for path in re.findall(r"`((?:config|docs|runs|tests)/[\w./]+\.\w+|\w+\.py)`|\]\((docs/[^)]+)\)", README):
+    for path in re.findall(r"`((?:config|docs|runs|tests)/[\w./]+\.\w+|\w+\.py)`|\]\((docs/[^)#]+)[^)]*\)", README):
         assert (ROOT / (path[0] or path[1])).exists(), path
