@@ -80,7 +80,7 @@ def training_lpips(dist, net="vgg"):
 
 def load_exported(path, constant):
     """A file of torch.export.save. Pickles and compiled code, which it may hold, are not loaded."""
-    check(os.path.isfile(path), f"{constant}={path}: there is no such file")
+    check(os.path.isfile(path), f"{constant}={path}: there is no such file; runs/features.py --help says how one is made")
     harmful = any(kind in Path(path).read_bytes() for kind in (b"data/aotinductor/", b"opaque_obj_"))
     check(not harmful, f"{constant}={path} holds compiled code or Python objects, which may be harmful")
     return torch.export.load(path)  # torch.load in there is safe, by runtime.py
@@ -118,8 +118,6 @@ class FeatureDistance:
     """
 
     def __init__(self, path, dist):
-        check(os.path.isfile(path), f"lpips_net={path}: there is no such file. runs/features.py writes one, for the "
-                                    "shapes with config/shapes_vgg.py; --lpips_weight=0 does without")
         self.maps = load_exported(path, "lpips_net").module().to(dist.device, memory_format=torch.channels_last)
         self.dist = dist
 
