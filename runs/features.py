@@ -1,4 +1,4 @@
-"""Trains a small classifier of 32 px images, to measure samples by or to train a tokenizer against.
+"""Trains a small classifier of small images, to measure samples by or to train a tokenizer against.
 
     python runs/features.py --data_dir=cifar10                          # a residual network, for eval.py --feature_net
     python runs/features.py config/cifar10_vgg.py --data_dir=cifar10    # a VGG, for --lpips_net
@@ -27,6 +27,7 @@ from runtime import check
 
 data_dir = "cifar10"  # holds train/CLASS/ and test/CLASS/; or "shapes"
 shapes_images = 16000  # how many shapes to learn from if data_dir = "shapes"
+image_size = 32  # pixels, a multiple of 8; the network takes other sizes, too
 network = "resnet"  # or "vgg"
 width = 32  # channels of its first convolutions
 out = ""  # the file to write; "" = out/<data_dir's name>_<network>.pt2
@@ -39,8 +40,6 @@ seed = 1000  # the VGG takes the next one
 device = "auto"
 dtype = "auto"
 
-SIZE = 32
-
 
 def convolution(before, after):
     """3 × 3 convolution, batch norm, ReLU."""
@@ -48,7 +47,7 @@ def convolution(before, after):
 
 
 class ResNet(nn.Module):
-    """A residual network of eight convolutions: (B, 3, 32, 32) in [-1, 1] -> features (B, 8 w), logits (B, K)."""
+    """A residual network of eight convolutions: (B, 3, H, W) in [-1, 1] -> features (B, 8 w), logits (B, K)."""
 
     def __init__(self, classes, w):
         super().__init__()
@@ -60,16 +59,16 @@ class ResNet(nn.Module):
         self.head = nn.Linear(8 * w, classes)
 
     def forward(self, images):
-        x = self.stem(images)  # (B, w, 32, 32)
+        x = self.stem(images)  # (B, w, H, W)
         for down, residual in zip(self.downs, self.residuals):
             x = F.max_pool2d(down(x), 2)
             x = x if isinstance(residual, nn.Identity) else x + residual(x)
-        features = x.amax((2, 3))  # (B, 8 w, 4, 4) -> (B, 8 w)
+        features = x.amax((2, 3))  # (B, 8 w, H / 8, W / 8) -> (B, 8 w)
         return features, self.head(features)
 
 
 class VGG(nn.Module):
-    """Six convolutions in three stages: (B, 3, 32, 32) in [-1, 1] -> the stages' feature maps, at 32, 16 and 8 px."""
+    """Six convolutions in three stages: (B, 3, H, W) in [-1, 1] -> the stages' feature maps, at H, H / 2 and H / 4 px."""
 
     def __init__(self, classes, w):
         super().__init__()
@@ -91,7 +90,7 @@ class VGG(nn.Module):
 
 
 class Judge(nn.Module):
-    """The residual network as a `feature_net`: uint8 (B, 32, 32, 3) -> features, logits."""
+    """The residual network as a `feature_net`: uint8 (B, H, W, 3) -> features, logits."""
 
     def __init__(self, net):
         super().__init__()
@@ -102,7 +101,7 @@ class Judge(nn.Module):
 
 
 class Maps(nn.Module):
-    """The VGG as a `lpips_net`: (B, 3, 32, 32) in [-1, 1] -> feature maps."""
+    """The VGG as a `lpips_net`: (B, 3, H, W) in [-1, 1] -> feature maps."""
 
     def __init__(self, net):
         super().__init__()
@@ -113,19 +112,17 @@ class Maps(nn.Module):
 
 
 def read(split):
-    """All images of a split: uint8 (N, 3, 32, 32), labels (N,), class names."""
-    source = data.open_split(data_dir, split, SIZE, shapes_images)
-    pixels = [np.asarray(source.load(i)) for i in range(len(source))]
-    check({x.shape for x in pixels} == {(SIZE, SIZE, 3)},
-          f"data_dir={data_dir}: the networks are made for {SIZE} × {SIZE} pixels")
-    return torch.from_numpy(np.stack(pixels)).movedim(-1, 1).contiguous(), torch.tensor(source.labels), source.classes
+    """All images of a split, centre crops in memory: uint8 (N, 3, H, H), labels (N,), class names."""
+    source = data.open_split(data_dir, split, image_size, shapes_images)
+    pixels = np.stack([data.center_crop(source.load(i), image_size) for i in range(len(source))])
+    return torch.from_numpy(pixels).movedim(-1, 1).contiguous(), torch.tensor(source.labels), source.classes
 
 
 def augment(pixels):
-    """Moves by up to four pixels and mirrors, each image its own way: (B, 3, 32, 32) -> the same."""
+    """Moves by up to four pixels and mirrors, each image its own way: (B, 3, H, W) -> the same."""
     b = len(pixels)
     padded = F.pad(pixels.float(), (4, 4, 4, 4), mode="reflect")
-    windows = padded.unfold(2, SIZE, 1).unfold(3, SIZE, 1)  # (B, 3, 9, 9, 32, 32), a view
+    windows = padded.unfold(2, image_size, 1).unfold(3, image_size, 1)  # (B, 3, 9, 9, H, W), a view
     moved = windows[torch.arange(b), :, torch.randint(9, (b,)), torch.randint(9, (b,))]
     return torch.where((torch.rand(b) < 0.5)[:, None, None, None], moved.flip(3), moved)
 
@@ -142,6 +139,7 @@ def accuracy(net, pixels, labels, dist):
 def main():
     runtime.configure(globals())
     check(network in ("resnet", "vgg"), f"network={network!r}: it is resnet or vgg")
+    check(image_size % 8 == 0, f"image_size={image_size} must be a multiple of 8 pixels")
     path = out or f"out/{Path(data_dir).name}_{network}.pt2"
     check(not os.path.exists(path), f"out={path} is there already: remove it, or give another name")
     dist = runtime.Distributed(device, dtype, seed, saves=False)
@@ -175,13 +173,14 @@ def main():
     net.eval()
     print(f"{network} knows {accuracy(net, held_out, held_out_labels, dist):.2%} of {len(held_out)} held-out images")
     net = net.cpu().to(memory_format=torch.contiguous_format).requires_grad_(False)
+    batch, h, w = torch.export.Dim("batch", min=1), torch.export.Dim("h", min=2), torch.export.Dim("w", min=2)
     if network == "resnet":
-        example, exported = torch.zeros(2, SIZE, SIZE, 3, dtype=torch.uint8), Judge(net)
+        exported, example = Judge(net), torch.zeros(2, image_size, image_size, 3, dtype=torch.uint8)
+        sizes = {0: batch, 1: 8 * h, 2: 8 * w}
     else:
-        example, exported = torch.zeros(2, 3, SIZE, SIZE), Maps(net)
-    batch = torch.export.Dim("batch", min=1)
+        exported, example, sizes = Maps(net), torch.zeros(2, 3, image_size, image_size), {0: batch, 2: 4 * h, 3: 4 * w}
     with runtime.whole_file(path) as file:
-        torch.export.save(torch.export.export(exported.eval(), (example,), dynamic_shapes=({0: batch},)), file)
+        torch.export.save(torch.export.export(exported.eval(), (example,), dynamic_shapes=(sizes,)), file)
     print(f"wrote {path}")
 
 

@@ -53,6 +53,7 @@ def test_what_samples_are_measured_by(folder, monkeypatch):
     features, logits = network(pixels)
     assert features.shape == (3, 256) and logits.shape == (3, 10)
     assert torch.allclose(network(pixels[:1])[0], features[:1], atol=1e-5)
+    assert network(torch.zeros(2, 64, 64, 3, dtype=torch.uint8))[0].shape == (2, 256)  # and of any size
 
 
 def test_the_perceptual_loss_is_lpips_form(folder):
@@ -75,6 +76,7 @@ def test_the_perceptual_loss_is_lpips_form(folder):
     a.requires_grad_()
     distance(a, b).sum().backward()
     assert a.grad.abs().max() > 0
+    assert distance(*torch.rand(2, 1, 3, 64, 64)).shape == (1,)  # learned at 32 px, it takes other sizes
 
 
 def test_a_missing_network_is_named(tmp_path):
