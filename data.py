@@ -5,12 +5,7 @@
     TrainLoader                training batches that can be resumed, the same for any number of processes
     eval_loader                every image once, cropped as for evaluation
     validate                   PSNR and a picture of reconstructions
-    Store                      an array on disk that many processes fill
 """
-import json
-import math
-import os
-import shutil
 import time
 from pathlib import Path
 
@@ -21,7 +16,7 @@ from PIL import Image, ImageDraw
 from torch.utils.data import default_collate
 
 from folders import DEVKIT, KAGGLE_TABLE, ImageFolder, find_split
-from runtime import Stopped, bar, check, fail, ignore_signals, whole_file
+from runtime import Stopped, bar, check, fail, ignore_signals
 from shapes import Shapes
 
 IMAGE_STREAM, ORDER_STREAM = 0, 1  # second number of an rng's seed: an image's draws don't depend on the epoch's order
@@ -60,8 +55,9 @@ def open_splits(data_dir, image_size, shapes_images, batch_size=1, resumed=None)
     check(not odd, "data_dir: the training and the validation images must have the same classes, but only one of them "
                    f"has {', '.join(odd[:5])}" + (f" and {len(odd) - 5} more" if len(odd) > 5 else ""))
     check(batch_size <= len(train), f"batch_size={batch_size} is more than the {len(train)} training images")
-    check(not resumed or resumed["images"] == len(train), f"data_dir={data_dir} has {len(train)} training images; the "
-          f"run to resume began with {resumed and resumed['images']}")
+    if resumed:
+        check(resumed["images"] == len(train), f"data_dir={data_dir} has {len(train)} training images; the run to resume "
+              f"began with {resumed['images']}")
     return train, val
 
 
@@ -115,16 +111,21 @@ def psnr(a, b):
     return 10 * torch.log10(255**2 / mse.clamp(min=1e-10))
 
 
-def save_grid(path, images, columns, titles=()):
-    """Writes uint8 images (N, H, W, 3), small ones enlarged, as one PNG, row by row, with `titles` over the columns."""
+def save_grid(path, images, columns, titles=(), names=()):
+    """Writes uint8 images (N, H, W, 3), small ones enlarged, as one PNG, row by row, with `titles` over the columns and
+    `names` before the rows."""
     n, height, width, _ = images.shape
-    rows, scale, top = -(-n // columns), max(1, 96 // width), 14 if titles else 0
-    canvas = Image.new("RGB", (columns * (width * scale + 2), rows * (height * scale + 2) + top), "white")
+    rows, scale, top, left = -(-n // columns), max(1, 96 // width), 16 if titles else 0, 7 * max(map(len, names), default=0)
+    height, width = height * scale + 2, width * scale + 2  # of a cell
+    canvas = Image.new("RGB", (left + columns * width, top + rows * height), "white")
+    pen = ImageDraw.Draw(canvas)
     for k, image in enumerate(images.numpy()):
-        image = Image.fromarray(image).resize((width * scale, height * scale), Image.NEAREST)
-        canvas.paste(image, (k % columns * (width * scale + 2), k // columns * (height * scale + 2) + top))
+        image = Image.fromarray(image).resize((width - 2, height - 2), Image.NEAREST)
+        canvas.paste(image, (left + k % columns * width, top + k // columns * height))
     for k, title in enumerate(titles):
-        ImageDraw.Draw(canvas).text((k * (width * scale + 2) + 2, 1), title[:width * scale // 6], fill="black")
+        pen.text((left + k * width + 2, 1), title[:(width - 2) // 7], "black", font_size=12)
+    for k, name in enumerate(names):
+        pen.text((2, top + k * height + height // 2), name, "black", font_size=12, anchor="lm")
     canvas.save(path)
 
 
@@ -163,7 +164,7 @@ class TrainLoader:
         self.seconds += time.perf_counter() - began
         self.bad += bad
         if batch is None:
-            fail(f"{self.source.constant}: 100 images in a row can't be used: {' '.join(bad[0])}", everywhere=False)
+            fail(f"{self.source.constant}: 100 images of one micro-batch can't be used: {' '.join(bad[0])}", everywhere=False)
         return batch
 
     def waited(self):
@@ -224,7 +225,8 @@ def eval_loader(source, size, batch_size, dist, workers=0, images=0, title="", i
     image once; all must iterate. Files that can't be used are left out and named at the end; more than 1 % end the
     run. After a SIGTERM to any process, that one breaks off and all raise Stopped at their end.
 
-    images: how many, evenly spread; 0 = all. indices: which ones, instead. title: of a bar. keep_empty: also no images.
+    images: how many, evenly spread; 0 = all. indices: which ones, instead. title: of a bar. keep_empty: yield empty
+    batches, too.
     """
     count, bad = min(images or len(source), len(source)), []
     mine = (spread(source, count) if indices is None else indices)[dist.rank::dist.count].tolist()
@@ -263,7 +265,7 @@ class CenterCrops(torch.utils.data.Dataset):
 
 
 def try_load(source, i, bad, view, *more, **options):
-    """view(image i, *more); None, and (the file, the reason) is added to `bad`, if it can't be made."""
+    """view(source.load(i, **options), *more); None, and (the file, the reason) is added to `bad`, if it fails."""
     try:
         return view(source.load(i, **options), *more)
     except (Exception, SystemExit) as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and others
@@ -304,62 +306,3 @@ def validate(tcae, source, size, images, dist, picture):
     if dist.first and len(shown):
         save_grid(picture, torch.cat([shown, reconstruct(shown)]), columns=len(shown))
     return psnr_sum / count
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# An array on disk
-
-
-class Store:
-    """An array on disk that many processes fill, item by item, over any number of runs. The file is 4096 bytes of JSON
-    about its contents, then `state` (count,) uint8 (0 = to do, 1 = done, 2 = failed), then `items` (count, *shape);
-    both are memory-mapped. All processes of `dist` must open it together; the first creates it if need be."""
-
-    HEADER = 4096
-
-    def __init__(self, path, about, count, shape, dtype, dist=None):
-        self.path, self.given = path, (path, about, count, shape, dtype)
-        size = self.HEADER + count + count * math.prod(shape) * np.dtype(dtype).itemsize
-        if not os.path.exists(path) and (dist is None or dist.first):
-            free = shutil.disk_usage(os.path.dirname(path) or ".").free
-            if size > free:
-                fail(f"{path} needs {size / 1e9:.3g} GB, but only {free / 1e9:.3g} are free there", everywhere=False)
-            with whole_file(path) as file:  # sparse: it takes up space only as it is filled
-                file.write(json.dumps(about).encode().ljust(self.HEADER))
-                file.truncate(size)
-        if dist:
-            dist.wait()
-        check(os.path.getsize(path) == size,  # memmap would pad it with zeros
-              f"{path} has {os.path.getsize(path)} bytes, not {size}: a partial copy; remove it or copy it again")
-        mode = "r+" if os.access(path, os.W_OK) else "r"  # a complete one may be read-only
-        self.state = np.memmap(path, np.uint8, mode, self.HEADER, (count,))
-        self.items = np.memmap(path, dtype, mode, self.HEADER + count, (count, *shape))
-
-    def __reduce__(self):  # workers that are not forked get the path, not the contents
-        return Store, self.given
-
-    @classmethod
-    def differences(cls, path, about):
-        """In words, how the file at `path` differs from `about`; "" if it doesn't, or if there is no file."""
-        if not os.path.exists(path):
-            return ""
-        with open(path, "rb") as file:
-            try:
-                says = dict(json.loads(file.read(cls.HEADER)))
-            except (ValueError, TypeError):
-                return "it is not a file of this project"
-        return "; ".join(f"{name} was {says.get(name)!r}, is {value!r}" for name, value in about.items()
-                         if says.get(name) != value)
-
-    def to_do(self, dist):
-        """The indices of all items that are not done. All processes must call it before any of them fills one."""
-        indices = np.flatnonzero(self.state != 1)
-        dist.wait()
-        return indices
-
-    def put(self, where, items):
-        self.items[where] = items
-        self.state[where] = 1  # only now: an item that is marked as done is there
-
-    def flush(self):
-        self.items.flush(), self.state.flush()

@@ -14,7 +14,6 @@ Prints a table and writes it to eval.json, beside the checkpoint or the samples.
 import json
 import os
 import re
-import struct
 import zipfile
 from pathlib import Path
 
@@ -22,11 +21,11 @@ import numpy as np
 import scipy.linalg
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 import data
 import pretrained
 import runtime
+from folders import Npz, open_images, side_of
 from latents import Foreign, open_tokenizer
 from runtime import check
 
@@ -52,89 +51,6 @@ workers = 4  # loading processes per process; 0 = load in the process itself
 out = ""  # file for the results; "" = eval.json beside the checkpoint or the samples; for a file.py, give one
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # of the tokenizer's matrix products; the metrics themselves are always float32 or float64
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Images of a folder or an .npz
-
-
-class Npz:
-    """The images arr_0, uint8 (N, H, H, 3), of an .npz file, memory-mapped, so that a large file takes no memory."""
-
-    def __init__(self, path, constant):
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            check("arr_0.npy" in names, f"{constant}={path} has no arr_0 but {', '.join(names[:5]) or 'nothing'}")
-            member = archive.getinfo("arr_0.npy")
-        check(member.compress_type == zipfile.ZIP_STORED,
-              f"{constant}={path} is compressed; write it with numpy.savez instead of savez_compressed")
-        with open(path, "rb") as file:
-            file.seek(member.header_offset + 26)
-            file.seek(sum(struct.unpack("<2H", file.read(4))), os.SEEK_CUR)  # past the member's name and extra field
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, kind = read(file)
-            check(kind == np.uint8 and len(shape) == 4 and shape[0] and shape[1] == shape[2] and shape[3] == 3,
-                  f"{constant}={path}: arr_0 is {kind} {shape}; it must be uint8 (N, H, H, 3)")
-            check(not fortran, f"{constant}={path}: arr_0 is in Fortran order; write it with numpy.ascontiguousarray")
-            self.images = np.memmap(path, kind, "r", file.tell(), shape)
-        self.root, self.constant = path, constant
-
-    def __reduce__(self):  # workers that are not forked get the path, not the contents
-        return Npz, (self.root, self.constant)
-
-    def __len__(self):
-        return len(self.images)
-
-    def load(self, i):
-        return Image.fromarray(self.images[i])
-
-    def name(self, i):
-        return f"{self.root}[{i}]"
-
-
-def open_images(path, constant):
-    """The images at `path`, the value of the constant that is called `constant`."""
-    check(path, f"{constant} is empty: a folder of images or an .npz file")
-    check(os.path.exists(path), f"{constant}={path}: there is no such file or folder")
-    if os.path.isdir(path):
-        return data.ImageFolder(path, constant, by_class=False)
-    check(zipfile.is_zipfile(path), f"{constant}={path} is neither a folder nor a whole .npz file")
-    return Npz(path, constant)
-
-
-def drawn_classes(images, classes):
-    """The class each sample was drawn for, arr_1 of an .npz, (N,); None unless it has one of `classes` for each."""
-    labels = np.load(images.root).get("arr_1", np.zeros(0)) if isinstance(images, Npz) else np.zeros(0)
-    fits = labels.shape == (len(images),) and labels.dtype.kind in "iu" and 0 <= labels.min() <= labels.max() < classes
-    return torch.from_numpy(labels).long() if fits else None
-
-
-def side_of(images):
-    """The side of the images, pixels; they must be squares of one size."""
-    if isinstance(images, Npz):
-        return images.images.shape[1]
-    sizes = set()
-    for path in images.paths:
-        try:
-            with Image.open(path) as image:
-                sizes.add(image.size)
-        except Exception:  # undecodable files are reported when they are measured
-            pass
-    check(sizes, f"{images.constant}: none of {len(images)} images can be decoded, {images.paths[0]} to begin with")
-    check(len(sizes) == 1 and len(set(*sizes)) == 1, f"{images.constant}={images.root}: images must be squares of one "
-          f"size, but there are some of {', '.join(f'{w} × {h}' for w, h in sorted(sizes)[:5])} pixels")
-    return sizes.pop()[0]
-
-
-def read_statistics(path):
-    """The mean (D,) and covariance (D, D) in an .npz like ADM's; None if `path` isn't such a file."""
-    if os.path.isdir(path) or not zipfile.is_zipfile(path):
-        return None
-    with np.load(path) as file:
-        if not {"mu", "sigma"} <= set(file.files):
-            return None
-        return tuple(torch.from_numpy(file[name]).double() for name in ("mu", "sigma"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -251,18 +167,18 @@ class FeatureSums:
 
     def add(self, pixels, indices):
         """uint8 (B, H, W, 3) of the set's images `indices` (B,)."""
-        for pixels, indices in zip(pixels.split(self.BATCH), indices.split(self.BATCH)):
-            features, logits = (x.to(self.total.device).double() for x in self.network(pixels.to(self.device)))
+        for batch, which in zip(pixels.split(self.BATCH), indices.split(self.BATCH)):
+            features, logits = (x.to(self.total.device).double() for x in self.network(batch.to(self.device)))
             self.total += features.sum(0)  # (D,)
             self.products += features.T @ features  # (D, D)
-            split = ((indices + 1) * self.SPLITS - 1) // self.images  # part k ends before image (k + 1) N / 10
+            split = ((which + 1) * self.SPLITS - 1) // self.images  # part k ends before image (k + 1) N / 10
             parts = F.one_hot(split, self.SPLITS).T.to(logits)  # (10, B)
             p = logits.softmax(1)  # (B, K)
             self.counts += parts.sum(1)
             self.negative_entropies += parts @ (p * logits.log_softmax(1)).sum(1)
             self.probabilities += parts @ p  # (10, K)
             if self.labels is not None:
-                self.right += (logits.argmax(1).cpu() == self.labels[indices]).sum()
+                self.right += (logits.argmax(1).cpu() == self.labels[which]).sum()
 
     def reduce(self, dist):
         """Adds up the sums of all processes -> how many images there were."""
@@ -356,21 +272,21 @@ def probe(train, train_labels, val, val_labels, classes, dist):
         return (x.to(device) - mean) / std @ weight[:-1] + weight[-1]
 
     def loss():
-        weight.grad, total = torch.zeros_like(weight), torch.zeros((), device=device)  # a process may have no rows
+        weight.grad, value = torch.zeros_like(weight), torch.zeros((), device=device)  # a process may have no rows
         for x, y in chunks(train, train_labels):
             part = F.cross_entropy(logits(x), y.to(device), reduction="sum") / count
             part.backward()
-            total += part.detach()
+            value += part.detach()
         dist.sum(weight.grad)
         penalty = probe_decay * weight[:-1].square().sum()
         penalty.backward()
-        return dist.sum(total) + penalty.detach()
+        return dist.sum(value) + penalty.detach()
 
     with torch.enable_grad():
         optimizer.step(loss)
     right = sum((logits(x).argmax(1).cpu() == y).sum() for x, y in chunks(val, val_labels))
-    right, count = dist.sum(torch.tensor([float(right), float(len(val))])).tolist()
-    return right / count
+    right, seen = dist.sum(torch.tensor([float(right), float(len(val))])).tolist()
+    return right / seen
 
 
 def chunks(features, labels, size=65536):
@@ -391,12 +307,13 @@ def open_feature_net(size, dist):
 
 def load_network(metric, constant, load, dist):
     """load(); or None, and a message, if the constant is "none" or weights are missing."""
+    why = f"{constant}=none"
     try:
         if globals()[constant] != "none":
             return load()
-        dist.print(f"{metric} will not be measured: {constant}=none")
     except pretrained.MissingWeights as error:
-        dist.print(f"{metric} will not be measured: {error}")
+        why = error
+    dist.print(f"{metric} will not be measured: {why}")
 
 
 def metric_name(metric):
@@ -433,6 +350,23 @@ def evaluate_tokenizer(dist):
     fitted = int(dist.sum(torch.tensor(float(sum(map(len, of_train.labels))))))
     about = f"{count} images of {where}, {size} px; probes fitted on {fitted} training images"
     return f"{tokenizer}: reconstructions of {about}", {**results, **probes(of_train, of_val, dist)}
+
+
+def drawn_classes(images, classes):
+    """The class each sample was drawn for, arr_1 of an .npz, (N,); None unless it has one of `classes` for each."""
+    labels = np.load(images.root).get("arr_1", np.zeros(0)) if isinstance(images, Npz) else np.zeros(0)
+    fits = labels.shape == (len(images),) and labels.dtype.kind in "iu" and 0 <= labels.min() <= labels.max() < classes
+    return torch.from_numpy(labels).long() if fits else None
+
+
+def read_statistics(path):
+    """The mean (D,) and covariance (D, D) in an .npz like ADM's; None if `path` isn't such a file."""
+    if os.path.isdir(path) or not zipfile.is_zipfile(path):
+        return None
+    with np.load(path) as file:
+        if not {"mu", "sigma"} <= set(file.files):
+            return None
+        return tuple(torch.from_numpy(file[name]).double() for name in ("mu", "sigma"))
 
 
 @torch.no_grad()

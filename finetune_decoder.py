@@ -164,9 +164,9 @@ def main():
 
     # The images of joint training, unless data_dir names others.
     given = resumed or runtime.load_checkpoint(init_from, "init_from", kind="tokenizer")
-    constants = {**given["constants"], **constants, "data_dir": data_dir or given["constants"]["data_dir"]}
-    image_size = constants["image_size"]
-    train, val = data.open_splits(constants["data_dir"], image_size, constants["shapes_images"], batch_size, resumed)
+    joint = given["constants"]
+    where, image_size = data_dir or joint["data_dir"], joint["image_size"]
+    train, val = data.open_splits(where, image_size, joint["shapes_images"], batch_size, resumed)
     steps_per_epoch = len(train) // batch_size
     steps, warmup_steps = epochs * steps_per_epoch, round(warmup_epochs * steps_per_epoch)
     dist.print(f"{len(train)} training and {len(val)} validation images; {steps} steps of {batch_size}")
@@ -205,7 +205,7 @@ def main():
     def save(step, finished=False):
         if dist.first:
             runtime.save_checkpoint(path, {
-                **runtime.header("tokenizer", constants, dist), "step": step, "finished": finished,
+                **runtime.header("tokenizer", {**joint, **constants, "data_dir": where}, dist), "step": step, "finished": finished,
                 "images": len(train), "bad_files": loader.reported, "tokenizer": averaged.state_dict(),
                 "decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(),
                 **({"discriminator": discriminator.heads.state_dict(),
@@ -307,14 +307,15 @@ def main():
                 progress.validated(data.validate(averaged, val, image_size, val_images, dist, picture))
     progress.bar.close()
 
-    with contextlib.suppress(runtime.Stopped):
-        if not stopping:
-            psnr = data.validate(averaged, val, image_size, val_images, dist, picture)
-            progress.write(val_psnr=psnr)
-            save(steps, finished=True)
-            dist.print(f"wrote {path} and {picture}: step {steps}, validation PSNR {psnr:.2f} dB")
-            return dist.close()
-    dist.print(f"stopped: saved {path} at step {done}; --resume=True goes on from there")
+    try:
+        if stopping:
+            raise runtime.Stopped
+        psnr = data.validate(averaged, val, image_size, val_images, dist, picture)
+        progress.write(val_psnr=psnr)
+        save(steps, finished=True)
+        dist.print(f"wrote {path} and {picture}: step {steps}, validation PSNR {psnr:.2f} dB")
+    except runtime.Stopped:
+        dist.print(f"stopped: saved {path} at step {done}; --resume=True goes on from there")
     dist.close()
 
 

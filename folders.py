@@ -1,14 +1,17 @@
-"""Folders of images, as people have them: a folder for each class, one for all, or ImageNet as Kaggle packs it.
+"""Images on disk, as people have them: a folder for each class, one for all, ImageNet as Kaggle packs it, or an .npz.
 
     ImageFolder     a source: len(), classes, labels, load(i) -> a PIL image in RGB, name(i), constant, fingerprint()
     find_split      data_dir/train/, or data_dir/ILSVRC/Data/CLS-LOC/train/
     flat_classes    the classes of ImageNet's flat val/, from the table or the development kit that comes with it
     files_below     what is in a folder
+    Npz, open_images, side_of    what eval.py compares: a folder of squares, or an .npz as sample.py writes it
 """
 import csv
 import hashlib
 import os
+import struct
 import unicodedata
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -116,3 +119,69 @@ def files_below(root, parents=()):
             yield entry.path
         elif entry.is_dir() and not entry.name.startswith(HIDDEN) and os.path.realpath(entry) not in parents:
             yield from files_below(entry.path, (*parents, os.path.realpath(entry)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A folder or an .npz file, as eval.py compares them
+
+
+class Npz:
+    """The images arr_0, uint8 (N, H, H, 3), of an .npz file, memory-mapped, so that a large file takes no memory."""
+
+    def __init__(self, path, constant):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            check("arr_0.npy" in names, f"{constant}={path} has no arr_0 but {', '.join(names[:5]) or 'nothing'}")
+            member = archive.getinfo("arr_0.npy")
+        check(member.compress_type == zipfile.ZIP_STORED,
+              f"{constant}={path} is compressed; write it with numpy.savez instead of savez_compressed")
+        with open(path, "rb") as file:
+            file.seek(member.header_offset + 26)
+            file.seek(sum(struct.unpack("<2H", file.read(4))), os.SEEK_CUR)  # past the member's name and extra field
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, kind = read(file)
+            check(kind == np.uint8 and len(shape) == 4 and shape[0] and shape[1] == shape[2] and shape[3] == 3,
+                  f"{constant}={path}: arr_0 is {kind} {shape}; it must be uint8 (N, H, H, 3)")
+            check(not fortran, f"{constant}={path}: arr_0 is in Fortran order; write it with numpy.ascontiguousarray")
+            self.images = np.memmap(path, kind, "r", file.tell(), shape)
+        self.root, self.constant = path, constant
+
+    def __reduce__(self):  # workers that are not forked get the path, not the contents
+        return Npz, (self.root, self.constant)
+
+    def __len__(self):
+        return len(self.images)
+
+    def load(self, i):
+        return Image.fromarray(self.images[i])
+
+    def name(self, i):
+        return f"{self.root}[{i}]"
+
+
+def open_images(path, constant):
+    """The images at `path`, the value of the constant that is called `constant`."""
+    check(path, f"{constant} is empty: a folder of images or an .npz file")
+    check(os.path.exists(path), f"{constant}={path}: there is no such file or folder")
+    if os.path.isdir(path):
+        return ImageFolder(path, constant, by_class=False)
+    check(zipfile.is_zipfile(path), f"{constant}={path} is neither a folder nor a whole .npz file")
+    return Npz(path, constant)
+
+
+def side_of(images):
+    """The side of the images, pixels; they must be squares of one size."""
+    if isinstance(images, Npz):
+        return images.images.shape[1]
+    sizes = set()
+    for path in images.paths:
+        try:
+            with Image.open(path) as image:
+                sizes.add(image.size)
+        except Exception:  # undecodable files are reported when they are measured
+            pass
+    check(sizes, f"{images.constant}: none of {len(images)} images can be decoded, {images.paths[0]} to begin with")
+    check(len(sizes) == 1 and len(set(*sizes)) == 1, f"{images.constant}={images.root}: images must be squares of one "
+          f"size, but there are some of {', '.join(f'{w} × {h}' for w, h in sorted(sizes)[:5])} pixels")
+    return sizes.pop()[0]

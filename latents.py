@@ -2,10 +2,14 @@
 
     open_tokenizer                 from stage 1's checkpoint, or from a Python file (runs/tokenizers/ has examples)
     measure_latents, normalise     the mean and std of its latents; for somebody else's tokenizer kept beside the cache
-    fill_cache, Pairs, encode      latents, encoded once into a file, or on the fly
+    Store                          an array on disk that many processes fill
+    fill_cache, Pairs, encode      the data set as latents, encoded once into a file, or on the fly
 """
 import importlib.util
+import json
+import math
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +41,7 @@ def open_tokenizer(path, dist, generator=None):
             dist.wait()
         tokenizer, latents_of = Foreign(network), runtime.fingerprint(network.state_dict())
         settings = {"data_dir": "imagenet", "shapes_images": 20000}
-        settings |= {name: getattr(network, name) for name in (*settings, *Foreign.NEEDED) if hasattr(network, name)}
+        settings |= {name: getattr(network, name) for name in (*settings, *Foreign.SIZES) if hasattr(network, name)}
     else:
         saved = runtime.load_checkpoint(path, "tokenizer", kind="tokenizer")
         tokenizer, settings = TCAE.from_checkpoint(saved), saved["constants"]
@@ -78,10 +82,11 @@ class Foreign(nn.Module):
     image_size, downsample, latent_channels    ints
     data_dir, shapes_images                    optional, as in train_tokenizer.py
 
-    latent_mean and latent_std are 0 and 1 until they are measured.
+    latent_mean and latent_std are 0 and 1 until they are measured; latent_shape is set by open_tokenizer.
     """
 
-    NEEDED = "encode", "decode", "image_size", "downsample", "latent_channels"
+    SIZES = "image_size", "downsample", "latent_channels"
+    NEEDED = "encode", "decode", *SIZES
 
     def __init__(self, network):
         super().__init__()
@@ -118,11 +123,11 @@ def measure_latents(tcae, source, image_size, images, workers, dist):
     tcae.latent_std.copy_((square - mean**2).clamp(min=1e-12).sqrt()[:, None, None])
 
 
-def normalise(path, tcae, images, rebuild, workers, dist):
+def normalise(path, tcae, source, rebuild, workers, dist):
     """Measures the latents of somebody else's tokenizer, once: mean and std stay in the file `path`."""
-    store = open_store(path, tcae, images, rebuild, 1, (2, *tcae.latent_mean.shape), np.float32, dist)
+    store = open_store(path, tcae, source, rebuild, 1, (2, *tcae.latent_mean.shape), np.float32, dist)
     if len(store.to_do(dist)):
-        measure_latents(tcae, images, tcae.image_size, 50000, workers, dist)
+        measure_latents(tcae, source, tcae.image_size, 50000, workers, dist)
         if dist.first:
             store.put([0], torch.stack([tcae.latent_mean, tcae.latent_std]).cpu().numpy())
         dist.wait()
@@ -130,31 +135,90 @@ def normalise(path, tcae, images, rebuild, workers, dist):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# An array on disk
+
+
+class Store:
+    """An array on disk that many processes fill, item by item, over any number of runs. The file is 4096 bytes of JSON
+    about its contents, then `state` (count,) uint8 (0 = to do, 1 = done, 2 = failed), then `items` (count, *shape);
+    both are memory-mapped. All processes of `dist` must open it together; the first creates it if need be."""
+
+    HEADER = 4096
+
+    def __init__(self, path, about, count, shape, dtype, dist=None):
+        self.path, self.given = path, (path, about, count, shape, dtype)
+        size = self.HEADER + count + count * math.prod(shape) * np.dtype(dtype).itemsize
+        if not os.path.exists(path) and (dist is None or dist.first):
+            free = shutil.disk_usage(os.path.dirname(path) or ".").free
+            if size > free:
+                runtime.fail(f"{path} needs {size / 1e9:.3g} GB, but only {free / 1e9:.3g} are free there", everywhere=False)
+            with runtime.whole_file(path) as file:  # sparse: it takes up space only as it is filled
+                file.write(json.dumps(about).encode().ljust(self.HEADER))
+                file.truncate(size)
+        if dist:
+            dist.wait()
+        check(os.path.getsize(path) == size,  # memmap would pad it with zeros
+              f"{path} has {os.path.getsize(path)} bytes, not {size}: a partial copy; remove it or copy it again")
+        mode = "r+" if os.access(path, os.W_OK) else "r"  # a complete one may be read-only
+        self.state = np.memmap(path, np.uint8, mode, self.HEADER, (count,))
+        self.items = np.memmap(path, dtype, mode, self.HEADER + count, (count, *shape))
+
+    def __reduce__(self):  # workers that are not forked get the path, not the contents
+        return Store, self.given
+
+    @classmethod
+    def differences(cls, path, about):
+        """In words, how the file at `path` differs from `about`; "" if it doesn't, or if there is no file."""
+        if not os.path.exists(path):
+            return ""
+        with open(path, "rb") as file:
+            try:
+                says = dict(json.loads(file.read(cls.HEADER)))
+            except (ValueError, TypeError):
+                return "it is not a file of this project"
+        return "; ".join(f"{name} was {says.get(name)!r}, is {value!r}" for name, value in about.items()
+                         if says.get(name) != value)
+
+    def to_do(self, dist):
+        """The indices of all items that are not done. All processes must call it before any of them fills one."""
+        indices = np.flatnonzero(self.state != 1)
+        dist.wait()
+        return indices
+
+    def put(self, where, items):
+        self.items[where] = items
+        self.state[where] = 1  # only now: an item that is marked as done is there
+
+    def flush(self):
+        self.items.flush(), self.state.flush()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The data set as latents: encoded once into a cache, or on the fly
 
 
 class Pairs:
-    """A source for data.TrainLoader. Each item is an image and its mirror image: latents (2, c, h, w) float16 from the
+    """`source` as latents, for data.TrainLoader. Each item is an image and its mirror image: latents (2, c, h, w) float16 from the
     cache, or, without one, pixels (2, H, W, 3) uint8."""
 
-    def __init__(self, images, image_size, store=None):
-        self.images, self.image_size, self.store, self.constant = images, image_size, store, images.constant
+    def __init__(self, source, image_size, store=None):
+        self.source, self.image_size, self.store, self.constant = source, image_size, store, source.constant
 
     def __len__(self):
-        return len(self.images)
+        return len(self.source)
 
     def load(self, i):
         if not self.store:
-            pixels = data.center_crop(self.images.load(i), self.image_size)
+            pixels = data.center_crop(self.source.load(i), self.image_size)
             pair = np.stack([pixels, pixels[:, ::-1]])
         elif self.store.state[i] == 1:
             pair = np.array(self.store.items[i])
         else:
             raise OSError("this image could not be used when the cache was filled")
-        return {"pair": pair, "label": self.images.labels[i]}
+        return {"pair": pair, "label": self.source.labels[i]}
 
     def name(self, i):
-        return self.images.name(i)
+        return self.source.name(i)
 
 
 def encode(tcae, pixels, dist):
@@ -163,37 +227,36 @@ def encode(tcae, pixels, dist):
         return tcae.encode(data.to_float(pixels, dist.device)).half()
 
 
-def open_store(path, tcae, images, rebuild, count, shape, dtype, dist):
+def open_store(path, tcae, source, rebuild, count, shape, dtype, dist):
     """The file at `path`, made if it isn't there, or if `rebuild`; one of another tokenizer or other images fails."""
     check(os.path.isdir(os.path.dirname(path) or "."), f"cache={path}: there is no such folder")
-    about = {"tokenizer": tcae.latents_of, "image_size": tcae.image_size, "images": len(images),
-             "files": images.fingerprint()}
+    about = {"tokenizer": tcae.latents_of, "image_size": tcae.image_size, "images": len(source),
+             "files": source.fingerprint()}
     lock = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.lock"), f"cache: {path}"
     if rebuild or not os.path.exists(path):
         dist.lock(*lock)
     if rebuild and dist.first and os.path.exists(path):
         os.remove(path)
     dist.wait()  # until the old file is gone
-    differences = data.Store.differences(path, about)
+    differences = Store.differences(path, about)
     check(not differences, f"cache: {path} was made from something else ({differences}). "
                            "--rebuild_cache=True replaces it, another --cache keeps both")
-    store = data.Store(path, about, count, shape, dtype, dist)
+    store = Store(path, about, count, shape, dtype, dist)
     if (store.state == 0).any():
         dist.lock(*lock)  # a complete one can be shared
     return store
 
 
-def fill_cache(path, tcae, images, rebuild, workers, dist):
+def fill_cache(path, tcae, source, rebuild, workers, dist):
     """The cache at `path`, completed: each process encodes its share of what it lacks."""
-    store = open_store(path, tcae, images, rebuild, len(images), (2, *tcae.latent_shape), np.float16, dist)
+    store = open_store(path, tcae, source, rebuild, len(source), (2, *tcae.latent_shape), np.float16, dist)
     todo = store.to_do(dist)
-    if not store.items.flags.writeable:
-        check(store.state.all(), f"cache: {path} is incomplete, and can't be written")
-        return store
-    if not len(todo):
+    writeable = store.items.flags.writeable
+    check(writeable or store.state.all(), f"cache: {path} is incomplete, and can't be written")
+    if not (writeable and len(todo)):
         return store
     batch = max(1, data.eval_batch(tcae.image_size) // 2)  # with the mirror images twice as many
-    for pixels, indices in data.eval_loader(images, tcae.image_size, batch, dist, workers, indices=todo,
+    for pixels, indices in data.eval_loader(source, tcae.image_size, batch, dist, workers, indices=todo,
                                             title="encoding the data set once"):
         both = torch.stack([pixels, pixels.flip(2)], dim=1).flatten(0, 1)  # (2 b, H, W, 3): image, mirror image, …
         z = encode(tcae, both, dist).cpu().unflatten(0, (-1, 2))  # (b, 2, c, h, w)

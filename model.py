@@ -425,12 +425,11 @@ def ssl_output(encoder, heads, views, student):
 
 
 class JointTokenizer(nn.Module):
-    """All that stage 1 trains: the tokenizer, and heads as in `ssl_output`, or None without SSL. DINO has no masks."""
+    """All that stage 1 trains: the tokenizer, and heads as in `ssl_output`, or None without SSL."""
 
-    def __init__(self, tcae, heads=None, masks=True):
+    def __init__(self, tcae, heads=None):
         super().__init__()
         self.tcae, self.heads = tcae, heads
-        tcae.encoder.mask_token.requires_grad_(heads is not None and masks)  # DDP refuses unused parameters
 
     def forward(self, images, views):
         """-> the reconstruction of images (B, 3, H, W), and the student's SSLOutput (or None). Both in one call, since

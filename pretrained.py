@@ -64,6 +64,7 @@ def training_lpips(dist, net="vgg"):
     may be a .pt2 file instead, for FeatureDistance."""
     if net.endswith(".pt2"):
         return FeatureDistance(net, dist)
+    check(net in ("vgg", "alex"), f"lpips_net={net!r}: it is 'vgg', 'alex' or a .pt2 file")
     try:
         perceptual = load_lpips(net, dist)
     except MissingWeights as error:
@@ -134,14 +135,14 @@ class DINO(nn.Module):
     of the depth. (RAE zeroes the bias of the keys; softmax does not see it.)
     """
 
-    def __init__(self, size="S", patch_size=8, input_size=224):
+    def __init__(self, size="S", input_size=224):
         super().__init__()
         width, depth, heads = parse_size("discriminator_size", size)
         self.input_size, self.width = input_size, width
-        self.taps = [round(depth * k / 4) - 1 for k in (1, 2, 3, 4)]  # of 12 blocks: 2, 5, 8 and 11
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch_size, stride=patch_size)})
+        self.taps = [max(0, round(depth * k / 4) - 1) for k in (1, 2, 3, 4)]  # of 12 blocks: 2, 5, 8 and 11
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, 8, stride=8)})
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
-        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + (input_size // patch_size) ** 2, width))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + (input_size // 8) ** 2, width))
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)  # not used here, but in the checkpoint
         self.apply(init_weights)
@@ -168,11 +169,10 @@ class DINO(nn.Module):
         x = to_tokens(self.patch_embed["proj"](x))  # (B, N, D)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
         features = []
-        for k, block in enumerate(self.blocks):
+        for block in self.blocks:
             x = block(x)
-            if k in self.taps:
-                features.append(x[:, 1:].transpose(1, 2))  # (B, D, N)
-        return [features[-1], *features]
+            features.append(x[:, 1:].transpose(1, 2))  # (B, D, N)
+        return [features[k] for k in (self.taps[-1], *self.taps)]
 
 
 def resize_like_tensorflow(x, size):

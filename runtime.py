@@ -129,10 +129,6 @@ class Distributed:
         return torch.nn.parallel.DistributedDataParallel(
             model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
-    def to_device(self, tensor):
-        """Copies a tensor to the device without waiting for it."""
-        return (tensor.pin_memory() if self.device.type == "cuda" else tensor).to(self.device, non_blocking=True)
-
     def sum(self, tensor):
         """The sum of `tensor` over all processes, in place."""
         if self.count > 1:
@@ -157,9 +153,9 @@ class Distributed:
         """Whether any process is to stop. All must call it. The sum is the CPUs', so it does not wait for a GPU."""
         return bool(self.sum(torch.tensor(float(self.stop))))
 
-    def print(self, *words):
+    def print(self, line):
         if self.first:
-            tqdm.write(" ".join(map(str, words)))  # on a line of its own above a bar, if there is one
+            tqdm.write(line)  # on a line of its own above a bar, if there is one
             sys.stdout.flush()
 
     def wait(self):
@@ -236,7 +232,7 @@ def check_training(constants, dist, positive=()):
 
 
 def make_folder(out_dir, dist=None):
-    """Makes the folder unless it is there. It belongs to this run, if there is one."""
+    """Makes the folder unless it is there. With `dist` it is locked for this run."""
     try:
         os.makedirs(out_dir, exist_ok=True)
         if dist:

@@ -14,7 +14,7 @@ import torch
 
 import data
 import runtime
-from latents import open_tokenizer
+from latents import Store, open_tokenizer
 from model import LightningDiT, cfg_velocity, sample_flow
 from runtime import check
 
@@ -76,10 +76,10 @@ def main():
     about = {"generator": runtime.fingerprint(weights), "tokenizer": runtime.fingerprint(tcae.state_dict()),
              "labels": runtime.fingerprint({"": torch.from_numpy(labels)}), "steps": steps, "method": method,
              "cfg_scale": cfg_scale, "cfg_interval": list(cfg_interval), "seed": seed, "dtype": str(dist.dtype)}
-    if dist.first and (differences := data.Store.differences(part, about)):
+    if dist.first and (differences := Store.differences(part, about)):
         print(f"{part} held samples of other constants ({differences}): starting over")
         os.remove(part)
-    store = data.Store(part, about, len(labels), (tcae.image_size, tcae.image_size, 3), np.uint8, dist)
+    store = Store(part, about, len(labels), (tcae.image_size, tcae.image_size, 3), np.uint8, dist)
     mine = store.to_do(dist)[dist.rank::dist.count]
     for k in runtime.bar(range(0, len(mine), batch_size), dist, desc="sampling", unit="batch"):
         i = mine[k:k + batch_size]

@@ -120,31 +120,31 @@ def main():
     channels, side, _ = shape = tcae.latent_shape
 
     # The data: latents from the cache, or pixels to encode in every step
-    images = data.open_split(data_dir or tcae.data_dir, "train", tcae.image_size, tcae.shapes_images)
-    check(batch_size <= len(images), f"batch_size={batch_size} is more than the {len(images)} training images")
-    steps_per_epoch = len(images) // batch_size
+    source = data.open_split(data_dir or tcae.data_dir, "train", tcae.image_size, tcae.shapes_images)
+    check(batch_size <= len(source), f"batch_size={batch_size} is more than the {len(source)} training images")
+    steps_per_epoch = len(source) // batch_size
     steps, decay_step = epochs * steps_per_epoch, round((decay_epoch or epochs) * steps_per_epoch)
     check(warmup_steps <= steps, f"warmup_steps={warmup_steps} is more than all {steps} steps")
-    check(not resumed or (resumed["images"], resumed["classes"]) == (len(images), images.classes),
-          f"data_dir has {len(images)} training images of {len(images.classes)} classes, others than {path} began with")
+    check(not resumed or (resumed["images"], resumed["classes"]) == (len(source), source.classes),
+          f"data_dir has {len(source)} training images of {len(source.classes)} classes, others than {path} began with")
     store, cache_path = None, cache or os.path.join(out_dir, "latents.cache")
     try:
         if isinstance(tcae, Foreign):
-            normalise(f"{cache_path}.statistics", tcae, images, rebuild_cache, workers, dist)
+            normalise(f"{cache_path}.statistics", tcae, source, rebuild_cache, workers, dist)
         if cache_latents:
-            store = fill_cache(cache_path, tcae, images, rebuild_cache, workers, dist)
+            store = fill_cache(cache_path, tcae, source, rebuild_cache, workers, dist)
     except runtime.Stopped:
         dist.print(f"stopped: {cache_path} keeps what is encoded; the next run goes on from there")
         return dist.close()
-    source = Pairs(images, tcae.image_size, store)
+    pairs = Pairs(source, tcae.image_size, store)
 
     # The generator, its averaged weights and its optimizer
     torch.manual_seed(seed)  # again: encoding may have used random numbers
-    model = LightningDiT(size, channels, side, len(images.classes)).to(dist.device)
+    model = LightningDiT(size, channels, side, len(source.classes)).to(dist.device)
     ema = copy.deepcopy(model).requires_grad_(False)
     optimizers = optim.Optimizer(model, constants, dist)
-    dist.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(images)} images of "
-               f"{len(images.classes)} classes as latents {' × '.join(map(str, shape))}; {steps} steps of {batch_size}")
+    dist.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(source)} images of "
+               f"{len(source.classes)} classes as latents {' × '.join(map(str, shape))}; {steps} steps of {batch_size}")
     start = resumed["step"] if resumed else 0
     if resumed:
         model.load_state_dict(resumed["model"])
@@ -159,7 +159,7 @@ def main():
         compile_blocks(model, ema)
     wrapped = dist.distribute(model)
 
-    loader = data.TrainLoader(source, Example(shape, model.null_class), batch_size, start, steps, seed, dist,
+    loader = data.TrainLoader(pairs, Example(shape, model.null_class), batch_size, start, steps, seed, dist,
                               micro_batches=accumulate, workers=workers, resumed=resumed)
     progress = runtime.Progress(out_dir, start, steps, batch_size, dist)
     picture = os.path.join(out_dir, "samples.png")
@@ -172,13 +172,12 @@ def main():
         total = 0
         for micro_batch in range(accumulate):
             # The latents z of B images, normalised per channel by TCAE.encode; without a cache, x is still pixels.
-            x, t, noise, labels = (dist.to_device(part) for part in next(loader))
+            x, t, noise, labels = (part.to(dist.device, non_blocking=True) for part in next(loader))
             z = (x if store else encode(tcae, x, dist)).float()  # (B, c, h, w)
 
             # Flow matching (Sec. 4.1): at z_t = (1 - t) z + t noise the model predicts the velocity noise - z, by mean
             # squared error. The larger the latent, the further t is shifted towards noise.
-            if dist.count > 1:  # processes exchange their gradients once a step
-                wrapped.require_backward_grad_sync = micro_batch == accumulate - 1
+            wrapped.require_backward_grad_sync = micro_batch == accumulate - 1  # DDP exchanges gradients once a step
             with dist.autocast():
                 loss = flow_matching_loss(wrapped, z, labels, noise, shift_time(t, shape, shift_base))
             (loss / accumulate).backward()
@@ -200,8 +199,8 @@ def main():
             loader.report_bad_files()
         if (saving or keeping) and dist.first:
             to_sample = {
-                **runtime.header("dit", constants, dist), "step": done, "finished": last, "images": len(images),
-                "classes": images.classes, "latents_of": tcae.latents_of, "latent_shape": shape,
+                **runtime.header("dit", constants, dist), "step": done, "finished": last, "images": len(source),
+                "classes": source.classes, "latents_of": tcae.latents_of, "latent_shape": shape,
                 "latent_mean": tcae.latent_mean, "latent_std": tcae.latent_std, "ema": ema.state_dict()}
             if keeping:
                 runtime.save_checkpoint(os.path.join(out_dir, f"step-{done}.pt"), to_sample)
@@ -214,7 +213,7 @@ def main():
             dist.print(f"stopped: saved {path} at step {done}; --resume=True goes on from there")
             return dist.close()
         if drawing and dist.first:
-            draw_samples(ema, tcae, shape, images.classes, picture, dist)
+            draw_samples(ema, tcae, shape, source.classes, picture, dist)
         if drawing:
             progress.start_clock()
     progress.bar.close()

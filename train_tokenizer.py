@@ -1,6 +1,6 @@
 """Stage 1: the TC-AE tokenizer, trained jointly with self-supervision (Sec. 3.4 and 3.5).
 
-    python train_tokenizer.py config/shapes_tokenizer.py                      # a laptop, after runs/features.py
+    python train_tokenizer.py config/shapes_tokenizer.py                      # a laptop; first runs/features.py config/shapes_vgg.py
     torchrun --nproc_per_node=8 train_tokenizer.py --patch_size=8             # the paper's run, ImageNet in imagenet/
     python train_tokenizer.py --out_dir=out/x --resume=True                   # continues a stopped run
 
@@ -122,7 +122,7 @@ class Views:
     global crops with their masks and L local crops. Runs in the loading workers."""
 
     def __init__(self, multi_crop):
-        self.image_size, self.multi_crop = image_size, multi_crop
+        self.image_size, self.multi_crop = image_size, multi_crop  # kept: a worker that isn't forked has the defaults
         self.short_side = max(image_size, multi_crop.short_side if multi_crop else 0)  # of a JPEG, pixels to decode
 
     def __call__(self, image, rng):
@@ -169,7 +169,8 @@ def main():
         ibot = ssl.IBOTLoss(prototypes, dist.device, sinkhorn=method["sinkhorn"], sum_over_processes=dist.sum)
         multi_crop = ssl.MultiCrop(global_crop_size, global_crop_scale, local_crop_size, local_crop_scale, local_crops,
                                    tcae.encoder.output_patch, method["masks"])
-    model = JointTokenizer(tcae, heads, multi_crop and multi_crop.masks)
+    model = JointTokenizer(tcae, heads)
+    tcae.encoder.mask_token.requires_grad_(heads is not None and method["masks"])  # DDP refuses unused parameters
     optimizers = optim.Optimizer(model, constants, dist,
                                  undecayed=lambda name, p: p.ndim <= 1 or name.endswith("_token"))
     dist.print(f"parameters: encoder {count_parameters(tcae.encoder, tcae.bottleneck):.1f} M, "
@@ -221,8 +222,7 @@ def main():
             views = {name: data.to_float(x, dist.device) if x.dtype == torch.uint8 else
                      x.to(dist.device, non_blocking=True) for name, x in next(loader).items()}
             images = views["images"]
-            if dist.count > 1:  # processes exchange their gradients once a step
-                wrapped.require_backward_grad_sync = micro_batch == accumulate - 1
+            wrapped.require_backward_grad_sync = micro_batch == accumulate - 1  # DDP exchanges gradients once a step
 
             # One call, for DDP's sake: tcae reconstructs the images, decode(encode(images)), and its encoder, now the
             # student, sees the masked global crops and the local ones.
@@ -289,15 +289,16 @@ def main():
     progress.bar.close()
 
     # Later stages need latents of mean 0 and variance 1 in every channel: measure latent_mean and latent_std.
-    with contextlib.suppress(runtime.Stopped):
-        if not stopping:
-            measure_latents(tcae, train, image_size, stats_images, workers, dist)
-            psnr = data.validate(tcae, val, image_size, val_images, dist, picture)
-            progress.write(val_psnr=psnr)
-            save(steps, finished=True)
-            dist.print(f"wrote {path} and {picture}: step {steps}, validation PSNR {psnr:.2f} dB")
-            return dist.close()
-    dist.print(f"stopped: saved {path} at step {done}; --resume=True goes on from there")
+    try:
+        if stopping:
+            raise runtime.Stopped
+        measure_latents(tcae, train, image_size, stats_images, workers, dist)
+        psnr = data.validate(tcae, val, image_size, val_images, dist, picture)
+        progress.write(val_psnr=psnr)
+        save(steps, finished=True)
+        dist.print(f"wrote {path} and {picture}: step {steps}, validation PSNR {psnr:.2f} dB")
+    except runtime.Stopped:
+        dist.print(f"stopped: saved {path} at step {done}; --resume=True goes on from there")
     dist.close()
 
 

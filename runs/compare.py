@@ -15,8 +15,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+import torch
 
+import data
 import runtime
 from runtime import check
 
@@ -32,26 +33,6 @@ dtype = "auto"
 out = "out/compare.png"
 
 
-def draw(rows, names, titles):
-    """Rows of images, uint8 (R, N, H, W, 3), with a name before each row and a title above each column -> a picture."""
-    _, _, height, width, _ = rows.shape
-    scale = max(1, 96 // width)  # small images are enlarged
-    height, width, font = height * scale + 2, width * scale + 2, ImageFont.load_default(14)
-    left, top = 10 + int(max(map(font.getlength, names))), 20
-    picture = Image.new("RGB", (left + width * len(titles), top + height * len(names)), "white")
-    pen = ImageDraw.Draw(picture)
-    for k, title in enumerate(titles):
-        while font.getlength(title) > width - 4:
-            title = title[:-1]
-        pen.text((left + k * width, 2), title, "black", font)
-    for r, (name, row) in enumerate(zip(names, rows)):
-        pen.text((4, top + r * height + height // 2), name, "black", font, anchor="lm")
-        for k, image in enumerate(row):
-            image = Image.fromarray(image).resize((width - 2, height - 2), Image.NEAREST)
-            picture.paste(image, (left + k * width, top + r * height))
-    return picture
-
-
 def main():
     constants = runtime.configure(globals())
     paths = [path.strip() for path in checkpoints.split(",") if path.strip()]
@@ -62,6 +43,7 @@ def main():
     known = [runtime.load_checkpoint(path, "checkpoints", kind="dit")["classes"] for path in paths]
     check(all(each == known[0] for each in known), "checkpoints: they were trained on different classes")
     chosen = classes or ",".join(map(str, range(min(10, len(known[0])))))
+    runtime.make_folder(Path(out).parent)
     count, images = per_class * len(chosen.split(",")), []
     for path in paths:
         with tempfile.TemporaryDirectory() as folder:
@@ -74,7 +56,8 @@ def main():
                 labels = file["arr_1"]
     check(len({each.shape for each in images}) == 1, "checkpoints: they draw images of different sizes")
     order = labels.argsort(kind="stable")  # the samples of a class beside each other
-    draw(np.stack(images)[:, order], rows, [known[0][k] for k in labels[order]]).save(out)
+    pixels = torch.from_numpy(np.concatenate([each[order] for each in images]))
+    data.save_grid(out, pixels, len(order), [known[0][k] for k in labels[order]], rows)
     print(f"wrote {out}")
 
 

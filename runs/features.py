@@ -52,18 +52,17 @@ class ResNet(nn.Module):
     def __init__(self, classes, w):
         super().__init__()
         self.stem = convolution(3, w)
-        self.downs = nn.ModuleList([convolution(w, 2 * w), convolution(2 * w, 4 * w), convolution(4 * w, 8 * w)])
-        self.residuals = nn.ModuleList([nn.Sequential(convolution(2 * w, 2 * w), convolution(2 * w, 2 * w)),
-                                        nn.Identity(),
-                                        nn.Sequential(convolution(8 * w, 8 * w), convolution(8 * w, 8 * w))])
+        self.down1, self.down2, self.down3 = convolution(w, 2 * w), convolution(2 * w, 4 * w), convolution(4 * w, 8 * w)
+        self.residual1 = nn.Sequential(convolution(2 * w, 2 * w), convolution(2 * w, 2 * w))
+        self.residual3 = nn.Sequential(convolution(8 * w, 8 * w), convolution(8 * w, 8 * w))
         self.head = nn.Linear(8 * w, classes)
 
     def forward(self, images):
         x = self.stem(images)  # (B, w, H, W)
-        for down, residual in zip(self.downs, self.residuals):
-            x = F.max_pool2d(down(x), 2)
-            x = x if isinstance(residual, nn.Identity) else x + residual(x)
-        features = x.amax((2, 3))  # (B, 8 w, H / 8, W / 8) -> (B, 8 w)
+        x = F.max_pool2d(self.down1(x), 2)  # (B, 2 w, H / 2, W / 2)
+        x = F.max_pool2d(self.down2(x + self.residual1(x)), 2)  # (B, 4 w, H / 4, W / 4)
+        x = F.max_pool2d(self.down3(x), 2)  # (B, 8 w, H / 8, W / 8)
+        features = (x + self.residual3(x)).amax((2, 3))  # (B, 8 w)
         return features, self.head(features)
 
 

@@ -2,7 +2,7 @@
 
     python runs/figures.py --only=flow          # the encoder's token counts, drawn
     python runs/figures.py --only=study         # quality, structure loss and seams, from the study's results
-    python runs/figures.py --only=colours       # from out/study: the tokens as colours, without and with SSL
+    python runs/figures.py --only=reconstructions,colours    # from out/study: images, and tokens as colours
     python runs/figures.py --only=figure6       # the paper's Figure 6, after runs/tables.py --table=figure6
 """
 import json
@@ -29,15 +29,17 @@ from model import TCAE
 from runtime import check
 from shapes import Shapes
 
-only = "flow,study"  # one or several of flow, study, colours, figure6
+only = "flow,study"  # one or several of flow, study, reconstructions, colours, figure6
 results = "docs/study"  # of runs/study.py
-study_dir = "out/study"  # with its tokenizers, for the colours
+study_dir = "out/study"  # with its tokenizers, for reconstructions and colours
 tables_dir = "out/tables-imagenet"  # of runs/tables.py, for figure6
-data_dir = "cifar10"  # for the colours
-seed = 0  # of the study, for the colours
+data_dir = "cifar10"  # for them
+seed = 0  # of the study, for them
 out_dir = "docs"
 
-TABLE_2 = {"p4-none": "neither", "p4-stc-none": "STC", "p4": "SSL", "p4-stc": "both"}  # of runs/study.py
+TABLE_2 = {"p4-none": "one\nbottleneck", "p4-stc-none": "staged", "p4": "one b.\n+ iBOT", "p4-stc": "staged\n+ iBOT"}
+RECONSTRUCTED = {"p4-none": "one bottleneck", "p4-stc-shuffle-none": "staged, shuffle",
+                 "p4-stc-none": "staged, conv."}
 INK, GREY, BLUE, ORANGE, GREEN = "#222222", "#8a8a8a", "#2b6cb0", "#dd6b20", "#2f855a"
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.color": INK,
                      "axes.labelcolor": INK, "font.family": "DejaVu Sans"})
@@ -62,8 +64,8 @@ def flow():
     rng = np.random.default_rng(0)
     latent = (pooled[8] @ rng.normal(size=(3, 3)) + 0.1 * rng.normal(size=(8, 8, 3)))
     latent = (latent - latent.min((0, 1))) / np.ptp(latent, (0, 1))
-    figure, axes = plt.subplots(figsize=(10.6, 3.4))
-    axes.set(xlim=(0, 106), ylim=(-0.5, 34))
+    figure, axes = plt.subplots(figsize=(10.6, 4.0))
+    axes.set(xlim=(0, 106), ylim=(-2.5, 38.5))
     axes.set_aspect("equal")
     axes.axis("off")
 
@@ -74,10 +76,11 @@ def flow():
             axes.plot([x, x + side], [y + side * k / lines] * 2, **look)
             axes.plot([x + side * k / lines] * 2, [y, y + side], **look)
 
-    def arrow(x0, x1, y, label, below):
-        axes.add_patch(FancyArrowPatch((x0, y), (x1, y), arrowstyle="-|>", mutation_scale=10, color=INK, lw=1.2))
+    def arrow(x0, x1, y, label, below=""):
+        axes.add_patch(FancyArrowPatch((x0, y), (x1, y), arrowstyle="-|>", mutation_scale=10, color=INK, lw=1.2,
+                                       shrinkA=0, shrinkB=0))
         axes.text((x0 + x1) / 2, y + 0.9, label, ha="center", va="bottom", fontsize=7.5)
-        axes.text((x0 + x1) / 2, y - 0.9, below, ha="center", va="top", fontsize=7, color=GREY)
+        axes.text((x0 + x1) / 2, y - 0.9, below, ha="center", va="top", fontsize=7.5, color=GREY)
 
     side, top, bottom = 11, 19, 2
     places = {"image": 1, "fine": 26, "coarse": 51, "latent": 76}
@@ -87,8 +90,14 @@ def flow():
     grid(places["coarse"], top, side, pooled[16], 16, "#ffffff")
     grid(places["latent"], top + 1.5, side - 3, latent, 8, "#ffffff")
     arrow(12.6, 24.6, middle, "patches, p = 8\n6 blocks", "Eq. 1")
-    arrow(37.6, 49.6, middle, "2 × 2 → 1: two\nconvolutions;\n6 blocks", "first of two\nstages")
-    arrow(62.6, 76.1, middle, "2 × 2 → 1: pixel\nshuffle + MLP", "second, the bottle-\nneck, Eq. 2")
+    arrow(37.6, 49.6, middle, "2 × 2 → 1:\nconvolutions;\n6 blocks", "Sec. 3.3")
+    arrow(62.6, 75.6, middle, "2 × 2 → 1:\npixel shuffle,\nMLP", "Eq. 2")
+    # One bottleneck, without staging, goes past all this
+    start, end, roof = places["fine"] + side / 2, places["latent"] + side / 2 - 1.5, top + side + 6
+    axes.plot([start, start, end, end], [roof - 1.2, roof, roof, roof - 2], color=GREY, lw=1, ls="--")
+    axes.annotate("", (end, roof - 2.9), (end, roof - 1.9), arrowprops=dict(arrowstyle="-|>", color=GREY, lw=1))
+    axes.text((start + end) / 2, roof + 0.6, "without staging: 4 × 4 tokens → 1 at once, which loses their structure",
+              fontsize=7.5, color=GREY, ha="center", va="bottom")
     for name, words in (("image", "image\n256 × 256 × 3"), ("fine", "1,024 tokens\n32 × 32"),
                         ("coarse", "256 tokens\n16 × 16")):
         axes.text(places[name] + side / 2, top + side + 0.7, words, ha="center", va="bottom", fontsize=8)
@@ -107,11 +116,12 @@ def flow():
     small, low, turn = 8, bottom + 3, 98
     for name, x, picture, lines in ("coarse", 53, pooled[16], 16), ("fine", 28, pooled[32], 32), ("image", 3, image, 1):
         grid(x, bottom - 1, small, picture, lines, INK if name == "image" else "#ffffff")
-    axes.plot([84.5, turn, turn, 85], [middle, middle, low, low], color=INK, lw=1.2)
-    arrow(85, 62, low, "MLP + pixel shuffle, 6 blocks", "the encoder\nbackwards")
-    arrow(52, 37, low, "convolutions, 6 blocks", "Sec. 3.5")
-    arrow(27, 12, low, "linear head", "L1 and LPIPS,\nEq. 5, 6")
-    axes.text(turn - 0.8, (middle + low) / 2 - 4.6, "LightningDiT draws z from\nnoise and a class (stage 2)",
+    axes.plot([84.5, turn, turn, 70], [middle, middle, low, low], color=INK, lw=1.2)
+    arrow(85, 62, low, "MLP, pixel shuffle; 6 blocks")
+    arrow(52, 37, low, "convolutions; 6 blocks")
+    arrow(27, 12, low, "linear head")
+    axes.text(3, bottom - 2, "L1 + LPIPS, Eq. 6", fontsize=7.5, va="top", color=GREY)
+    axes.text(turn - 0.8, (middle + low) / 2 - 4.6, "to sample, LightningDiT draws\nz from noise and a class",
               fontsize=7.5, ha="right", va="center", color=GREEN)
     axes.plot([turn], [(middle + low) / 2 - 4.6], "o", color=GREEN, ms=6)
     save(figure, "flow.png")
@@ -122,50 +132,69 @@ def flow():
 
 
 def study_figure():
-    """study.png: PSNR, structure loss and gFD of Table 2's rows, a dot for each seed, with the paper's numbers; and how
-    much neighbouring pixels of samples differ, where the borders of latent positions show as peaks."""
-    columns = [("PSNR", "PSNR, dB ↑", (25.13, 25.72, 24.84, 24.21)),
-               ("structure loss", "structure loss ↓", None),
-               ("gFD", "gFD ↓", (44.72, 32.92, 25.36, 16.39))]
-    figure, (*panels, profile) = plt.subplots(1, 4, figsize=(11.5, 2.5))
-    for row, name, colour in ("p4-none", "one bottleneck", GREY), ("p4-stc-none", "staged", BLUE):
+    """study.png: how much neighbouring pixels of samples differ, where the border of latent positions shows as a peak;
+    and reconstruction, structure and generation of Table 2's rows, a dot for each seed."""
+    columns = {"rFD": "Fréchet distance of\nreconstructions ↓", "structure loss": "structure loss ↓\n(Table 1)",
+               "gFD": "Fréchet distance of\nsamples ↓"}
+    figure, (profile, *panels) = plt.subplots(1, 4, figsize=(11.5, 2.8), width_ratios=(1.5, 1, 1, 1))
+    for row, colour in ("p4-none", GREY), ("p4-stc-none", BLUE):
         path = Path(results, f"{row}-seed0", "seams.json")
         if path.exists():
             kept = json.loads(path.read_text())
             places = range(1, len(kept["samples"]) + 1)
-            profile.plot(places, kept["samples"], color=colour, lw=1.5, label=name)
+            profile.plot(places, kept["samples"], color=colour, lw=1.5, label=TABLE_2[row].replace("\n", " "))
             if row == "p4-none":
                 profile.plot(places, kept["photographs"], color=INK, lw=0.8, ls=":", label="photographs")
-    profile.set_title("seams: how much neighbouring\npixels of samples differ", fontsize=9.5)
-    profile.set(xlabel="pixel; 16 is the latent's border", ylim=(0, None))
+    profile.set_title("difference of neighbouring pixels in\nsamples: one bottleneck leaves a seam", fontsize=9.5)
+    profile.set(xlabel="pixel; the latent's border is at 16", ylim=(0, None), xticks=range(0, 33, 8))
     if profile.lines:
-        profile.legend(fontsize=7, frameon=False, loc="lower left")
-    for axes, (column, label, paper) in zip(panels, columns):
-        for k, row in enumerate(TABLE_2):
+        profile.legend(fontsize=8, frameon=False, loc="lower left")
+    for axes, (column, title) in zip(panels, columns.items()):
+        for k, (row, colour) in enumerate(zip(TABLE_2, (GREY, BLUE, ORANGE, GREEN))):
             values = [value for s in study.seeds if (value := study.measured(row, s, column)) is not None]
-            axes.plot([k] * len(values), values, "o", color=(GREY, BLUE, ORANGE, GREEN)[k], ms=6)
-            if values:
-                axes.plot([k - 0.25, k + 0.25], [np.mean(values)] * 2, color=(GREY, BLUE, ORANGE, GREEN)[k], lw=2)
-        axes.set_xticks(range(4), [f"{name}\n({paper[k]:g})" if paper else name
-                                   for k, name in enumerate(TABLE_2.values())], fontsize=8)
-        axes.set_title(label, fontsize=9.5)
+            axes.plot([k] * len(values), values, "o", color=colour, ms=6)
+        axes.set_xticks(range(4), TABLE_2.values(), fontsize=7.5)
+        axes.set_title(title, fontsize=9.5)
         axes.margins(x=0.15, y=0.25)
-    figure.text(0.5, -0.04, "CIFAR-10, 64 tokens for 4 latent positions; below each row in brackets the paper's number "
-                            "(ImageNet, 1,024 tokens for 64)", ha="center", fontsize=8, color=GREY)
+    figure.text(0.5, -0.03, "CIFAR-10, 64 tokens for 4 latent positions; a dot is a seed; Fréchet distances in the features "
+                            "of a CIFAR-10 classifier; vertical axes of dots do not begin at 0",
+                ha="center", fontsize=8, color=GREY)
     figure.tight_layout()
     save(figure, "study.png")
+
+
+def study_tokenizers(rows):
+    """(name, tokenizer) of those of the study's `rows`, {row: name}, that study_dir has."""
+    paths = {name: Path(study_dir, f"{row}-seed{seed}", "tokenizer", "checkpoint.pt") for row, name in rows.items()}
+    found = {name: path for name, path in paths.items() if path.exists()}
+    check(found, f"study_dir={study_dir}: no row has a tokenizer yet; run runs/study.py first")
+    return [(name, TCAE.from_checkpoint(runtime.load_checkpoint(path, "study_dir", kind="tokenizer")))
+            for name, path in found.items()]
+
+
+def study_images(count):
+    """Validation images, evenly spread, uint8 (N, 32, 32, 3)."""
+    source = data.open_split(data_dir, "val", 32, 0)
+    return torch.from_numpy(np.stack([np.asarray(source.load(i)) for i in data.spread(source, count)]))
+
+
+@torch.no_grad()
+def reconstructions():
+    """study_reconstructions.png: the same images through one bottleneck and through two stages."""
+    pixels = study_images(10)
+    rows = [("original", pixels)] + [(name, data.to_uint8(tcae(data.to_float(pixels, "cpu"))))
+                                     for name, tcae in study_tokenizers(RECONSTRUCTED)]
+    path = Path(out_dir, "study_reconstructions.png")
+    data.save_grid(path, torch.cat([images for _, images in rows]), len(pixels), names=[name for name, _ in rows])
+    print(f"wrote {path}")
 
 
 @torch.no_grad()
 def colours():
     """study_colours.png: three principal components of the encoder's tokens, as red, green, blue."""
-    rows = [(path, name) for row, name in TABLE_2.items()
-            if (path := Path(study_dir, f"{row}-seed{seed}", "tokenizer", "checkpoint.pt")).exists()]
-    check(rows, f"study_dir={study_dir}: no row has a tokenizer yet; run runs/study.py first")
-    source = data.open_split(data_dir, "val", 32, 0)
-    shown, fitted = range(0, len(source), len(source) // 10), range(0, len(source), max(1, len(source) // 500))
-    pixels = torch.from_numpy(np.stack([np.asarray(source.load(i)) for i in [*list(shown)[:10], *fitted]]))
-    figure, axes = plt.subplots(1 + len(rows), 1, figsize=(7, 0.72 * (1 + len(rows))))
+    pixels = torch.cat([study_images(10), study_images(500)])  # to show, and to fit the components on
+    tokenizers = study_tokenizers(TABLE_2)
+    figure, axes = plt.subplots(1 + len(tokenizers), 1, figsize=(7, 0.72 * (1 + len(tokenizers))))
 
     def draw(panel, images, name):
         panel.imshow(np.concatenate([np.pad(x, ((1, 1), (1, 1), (0, 0)), constant_values=1) for x in images], axis=1))
@@ -173,8 +202,7 @@ def colours():
         panel.text(-6, 17, name, ha="right", va="center", fontsize=9)
 
     draw(axes[0], pixels[:10].numpy() / 255, "images")
-    for panel, (path, name) in zip(axes[1:], rows):
-        tcae = TCAE.from_checkpoint(runtime.load_checkpoint(path, "study_dir", kind="tokenizer"))
+    for panel, (name, tcae) in zip(axes[1:], tokenizers):
         _, tokens, _ = tcae.encode(data.to_float(pixels, "cpu"), with_tokens=True)  # (B, h w, D)
         flat = (tokens - tokens.mean((0, 1))).flatten(0, 1)
         _, _, directions = torch.pca_lowrank(flat, q=3, center=False, niter=8)
@@ -209,7 +237,8 @@ def figure6():
     save(figure, "figure6.png")
 
 
-FIGURES = {"flow": flow, "study": study_figure, "colours": colours, "figure6": figure6}
+FIGURES = {"flow": flow, "study": study_figure, "reconstructions": reconstructions, "colours": colours,
+           "figure6": figure6}
 
 
 def main():

@@ -56,8 +56,7 @@ COLUMNS = {  # what the table shows: file, metric as eval.py names it
     "gFD, guided": ("guided", "gFD"), "recognised, guided": ("guided", "recognised"), "seams": ("seams", "seams"),
 }
 
-# The paper's claims: what is compared, in which column, and which of the two rows should be lower (or higher).
-CLAIMS = [
+CLAIMS = [  # the paper's: what is compared, in which column, and which of the two rows should be lower (or higher)
     ("more tokens help reconstruction", "PSNR", "p4-none", ">", "p8-none", "25.13 > 25.03"),
     ("more tokens alone do not help generation", "gFD", "p4-none", ">", "p8-none", "44.72 > 31.37"),
     ("staging helps generation, without SSL", "gFD", "p4-stc-none", "<", "p4-none", "32.92 < 44.72"),
@@ -87,11 +86,8 @@ def run_cell(row, seed):
     if all((folder / f"{file}.json").exists() for file, _ in COLUMNS.values()):
         return
     tokenizer, dit = folder / "tokenizer" / "checkpoint.pt", folder / "dit" / "checkpoint.pt"
-    evaluate = dict(feature_net=feature_net, lpips_net="none", workers=0)
 
-    def run(result, script, *config, **constants):
-        if result.suffix == ".json" and result.exists():
-            return
+    def run(script, *config, **constants):
         given = {"dtype": dtype, **constants}
         command = [sys.executable, script, *config, *(f"--{name}={value}" for name, value in given.items())]
         print(f"{time.strftime('%H:%M:%S')} {row} seed {seed}: {script}", flush=True)
@@ -100,18 +96,22 @@ def run_cell(row, seed):
                                   stderr=subprocess.STDOUT).returncode
         check(code == 0, f"{shlex.join(map(str, command))} ended with {code}; see {terminal.name}")
 
+    def evaluate(name, **what):
+        out = folder / f"{name}.json"
+        if not out.exists():
+            run("eval.py", **what, out=out, feature_net=feature_net, lpips_net="none", workers=0)
+
     def sample(name, scale):
         npz = folder / name / "samples.npz"
         if not (folder / f"{name}.json").exists():
-            run(npz, "sample.py", checkpoint=dit, num_samples=samples, cfg_scale=scale, out_dir=npz.parent)
-            run(folder / f"{name}.json", "eval.py", samples=npz, reference=f"{data_dir}/test",
-                out=folder / f"{name}.json", **evaluate)
+            run("sample.py", checkpoint=dit, num_samples=samples, cfg_scale=scale, out_dir=npz.parent)
+        evaluate(name, samples=npz, reference=f"{data_dir}/test")
 
     folder.mkdir(parents=True, exist_ok=True)
-    run(tokenizer, "train_tokenizer.py", tokenizer_config, data_dir=data_dir, seed=seed, resume=True,
-        out_dir=tokenizer.parent, **ROWS[row])
-    run(folder / "tokenizer.json", "eval.py", tokenizer=tokenizer, out=folder / "tokenizer.json", **evaluate)
-    run(dit, "train_dit.py", dit_config, tokenizer=tokenizer, seed=seed, resume=True, out_dir=dit.parent)
+    run("train_tokenizer.py", tokenizer_config, data_dir=data_dir, seed=seed, resume=True, out_dir=tokenizer.parent,
+        **ROWS[row])
+    evaluate("tokenizer", tokenizer=tokenizer)
+    run("train_dit.py", dit_config, tokenizer=tokenizer, seed=seed, resume=True, out_dir=dit.parent)
     sample("samples", 1)
     sample("guided", cfg_scale)
     if not (folder / "seams.json").exists():

@@ -199,26 +199,27 @@ def make(row, columns):
     tokenizer = decoder = base / "tokenizer" / "checkpoint.pt"
     generator, dit = shared["generator"], folder / "dit" / "checkpoint.pt"
     # Inception means little for images of 32 px, and is a download: there a small network takes its place
-    networks = {"feature_net": Path(out_dir, "classifier.pt2"), "lpips_net": "none"} if scale == "shapes" else {}
+    judges = {"feature_net": Path(out_dir, "classifier.pt2"), "lpips_net": "none"} if scale == "shapes" else {}
 
     def evaluate(name, *before, **what):
-        produce(name, *before, words(["eval.py"], **what, out=name, **networks))
+        produce(name, *before, words(["eval.py"], **what, out=name, **judges))
+
+    produce(tokenizer, words(shared["joint"], data_dir=data_dir, **constants, accumulate=accumulate,
+                             out_dir=tokenizer.parent, resume=True), **constants)
+    if judges:
+        produce(judges["feature_net"], words(["runs/recognise.py"], tokenizer=tokenizer, images=400, epochs=1,
+                                             feature_net=judges["feature_net"]), processes=1)
+    evaluate(base / "tokenizer.json", tokenizer=tokenizer)
+    if row.endswith("-system"):  # finetuning changes no latents: the generator does not know of it
+        decoder, generator = folder / "finetuned" / "checkpoint.pt", generator + shared["longer"]
+        produce(decoder, words(shared["finetuning"], init_from=tokenizer, out_dir=decoder.parent, resume=True))
+        evaluate(folder / "finetuned.json", tokenizer=decoder)
 
     def sample(name, count, cfg, checkpoint=dit):
         command = words(["sample.py"], checkpoint=checkpoint, tokenizer=decoder, num_samples=count, cfg_scale=cfg,
                         out_dir=folder / name)
         evaluate(folder / f"{name}.json", command, samples=folder / name / "samples.npz", reference=reference)
 
-    produce(tokenizer, words(shared["joint"], data_dir=data_dir, **constants, accumulate=accumulate,
-                             out_dir=tokenizer.parent, resume=True), **constants)
-    if networks:
-        produce(networks["feature_net"], words(["runs/recognise.py"], tokenizer=tokenizer, images=400, epochs=1,
-                                               feature_net=networks["feature_net"]), processes=1)
-    evaluate(base / "tokenizer.json", tokenizer=tokenizer)
-    if row.endswith("-system"):  # finetuning changes no latents: the generator does not know of it
-        decoder, generator = folder / "finetuned" / "checkpoint.pt", generator + shared["longer"]
-        produce(decoder, words(shared["finetuning"], init_from=tokenizer, out_dir=decoder.parent, resume=True))
-        evaluate(folder / "finetuned.json", tokenizer=decoder)
     keep = {"keep_every": shared["kept"].step} if row in TABLES["figure6"][2] else {}
     produce(dit, words(generator, tokenizer=tokenizer, out_dir=dit.parent, resume=True, **keep))
     sample("samples-1", shared["samples"], 1)

@@ -15,6 +15,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
 import data
+import latents
 import runtime
 import shapes
 import ssl
@@ -646,7 +647,7 @@ def test_grid_shows_every_image_in_its_place(tmp_path):
 def test_a_store_without_room_is_one_line(tmp_path, monkeypatch):
     """Before hours of encoding, and nothing is left behind."""
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=4 * 10**6))
-    message = failure(data.Store, str(tmp_path / "latents.cache"), {}, 1000, (2, 1000), np.float16)
+    message = failure(latents.Store, str(tmp_path / "latents.cache"), {}, 1000, (2, 1000), np.float16)
     assert message.endswith("latents.cache needs 0.00401 GB, but only 0.004 are free there")
     assert not list(tmp_path.iterdir())
-    data.Store(str(tmp_path / "latents.cache"), {}, 900, (2, 1000), np.float16)
+    latents.Store(str(tmp_path / "latents.cache"), {}, 900, (2, 1000), np.float16)

@@ -24,6 +24,7 @@ from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 
 import data
+import latents
 import eval as stage4
 import pretrained
 import runtime
@@ -357,7 +358,7 @@ def test_npz_is_read_in_place(tmp_path):
     """As sample.py writes it. Fifty thousand images of 256 pixels are 10 GB: neither opening the file nor a loading
     worker, forked or not, may copy them."""
     pixels, path = pictures(40), tmp_path / "samples.npz"
-    store = data.Store(tmp_path / "samples.part", {}, 40, (32, 32, 3), np.uint8)
+    store = latents.Store(tmp_path / "samples.part", {}, 40, (32, 32, 3), np.uint8)
     store.put(list(range(40)), pixels.numpy())
     np.savez(path, arr_0=store.items, arr_1=np.arange(40))
     source = stage4.open_images(path, "samples")

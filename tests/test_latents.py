@@ -55,7 +55,7 @@ def stages(tokenizer, folder, size, shape, count):
         run_here(train_dit, **GENERATOR, tokenizer=tokenizer, out_dir=folder / "dit")
         run_here(sample, **SAMPLE, checkpoint=folder / "dit/checkpoint.pt", num_samples=5, out_dir=folder)
     run_here(stage4, **EVAL, tokenizer=tokenizer, out=folder / "eval.json")
-    items = data.Store(str(folder / "dit/latents.cache"), None, count, (2, *shape), np.float16).items.astype(float)
+    items = latents.Store(str(folder / "dit/latents.cache"), None, count, (2, *shape), np.float16).items.astype(float)
     assert np.abs(items[:, 0].mean((0, 2, 3))).max() < 1e-3 and np.abs(items[:, 0].std((0, 2, 3)) - 1).max() < 2e-3
     samples = np.load(folder / "samples.npz")["arr_0"]
     assert samples.shape == (5, size, size, 3) and samples.std() > 1

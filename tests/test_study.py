@@ -19,6 +19,7 @@ import shapes
 import train_dit
 import train_tokenizer
 from conftest import ROOT
+from model import TCAE
 from test_train_dit import run_here
 
 sys.path.insert(0, str(ROOT / "runs"))
@@ -188,6 +189,22 @@ def test_the_table_and_the_pictures(tmp_path, monkeypatch, capsys):
     run_here(figures, out_dir=tmp_path)
     for name in "flow.png", "study.png":
         assert np.asarray(Image.open(tmp_path / name)).std() > 1
+
+
+def test_pictures_of_the_tokenizers(folder, tmp_path):
+    """Reconstructions and token colours of the rows that are there."""
+    figures = importlib.import_module("figures")
+    for row, depth in ("p4-none", 0), ("p4-stc-none", 1):
+        constants = dict(image_size=32, patch_size=4, downsample=16, latent_channels=4, encoder="16/2/1",
+                         decoder="16/2/1", stc_depth=depth, compression="conv")
+        (tmp_path / f"{row}-seed0/tokenizer").mkdir(parents=True)
+        runtime.save_checkpoint(tmp_path / f"{row}-seed0/tokenizer/checkpoint.pt", {
+            "kind": "tokenizer", "finished": True, "constants": constants,
+            "tokenizer": TCAE.from_constants(constants).state_dict()})
+    run_here(figures, only="reconstructions,colours", study_dir=tmp_path, data_dir=folder / "cifar10", out_dir=tmp_path)
+    with Image.open(tmp_path / "study_reconstructions.png") as picture:
+        assert picture.height == 3 * 98  # originals and two rows
+    assert np.asarray(Image.open(tmp_path / "study_colours.png")).std() > 1
 
 
 def test_the_paper_s_figure_6(tmp_path, monkeypatch):

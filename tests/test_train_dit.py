@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import data
+import latents
 import runtime
 import sample
 import train_dit
@@ -136,7 +137,7 @@ def tensors(state, prefix=""):
 
 def open_cache(path, count=IMAGES):
     """(state, items) of a cache file, writable."""
-    store = data.Store(str(path), None, count, (2, *SHAPE), np.float16)
+    store = latents.Store(str(path), None, count, (2, *SHAPE), np.float16)
     return store.state, store.items
 
 
@@ -427,7 +428,7 @@ def test_too_many_broken_images_end_the_run(folder, train, tmp_path):
 def test_a_loading_process_gets_the_cache_s_name_and_not_its_42_gigabytes(base):
     """Where processes are not forked (macOS, Python 3.14), a dataset travels to its workers in pickled form."""
     about = {"images": IMAGES}
-    store = data.Store(str(base / "pickled.cache"), about, IMAGES, (2, *SHAPE), np.float16)
+    store = latents.Store(str(base / "pickled.cache"), about, IMAGES, (2, *SHAPE), np.float16)
     store.put([3], np.full((1, 2, *SHAPE), 5, np.float16))
     pickled = pickle.dumps(train_dit.Pairs(data.Shapes("train", IMAGES, 32), 32, store))
     assert len(pickled) < 2000 + 8 * IMAGES < store.items.nbytes
@@ -849,7 +850,7 @@ def test_processes_that_are_done_wait_for_the_one_that_is_stopped(draw, tmp_path
     monkeypatch.setattr(sample, "draw", interrupted)
     fork_two(draw, num_samples=4, batch_size=1)
     with open(tmp_path / "samples" / "samples.part", "rb") as file:
-        file.seek(data.Store.HEADER)
+        file.seek(latents.Store.HEADER)
         assert list(file.read(4)) == [1, 1, 1, 0]
 
 

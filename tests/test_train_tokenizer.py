@@ -185,7 +185,7 @@ def test_latents_of_a_finished_run_are_normalised(straight):
 
 @pytest.mark.parametrize("place, words", [
     ("runtime.Progress.add", "ValueError: where it says"),
-    ("train_tokenizer.Views.__call__", "error: data_dir: 100 images in a row can't be used: .*Error: where it says")])
+    ("train_tokenizer.Views.__call__", "error: data_dir: 100 images of one micro-batch can't be used: .*Error: where it says")])
 def test_an_exception_ends_the_run_at_once(tmp_path, place, words):
     """In the training process or in a loading worker. The workers, which ignore SIGTERM, must neither keep it for half
     a minute nor have the last word."""

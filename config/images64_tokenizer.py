@@ -1,0 +1,16 @@
+"""A beginning for images of your own at 64 px on one GPU (nothing here is tuned): give it --data_dir=FOLDER.
+
+256 tokens become 64, and 4 × 4 latents of 32 channels: both stages of compression, 24-fold as in the paper."""
+out_dir = "out/images64_tokenizer"
+image_size = 64
+patch_size = 4
+downsample = 16
+latent_channels = 32
+global_crop_size = 56  # staged, 7 × 7 tokens
+local_crop_size = 24  # 3 × 3
+teacher_temp = (0.02, 0.03)  # as for all small images here: at 0.04 the teacher's output becomes uniform
+teacher_momentum = 0.99  # fewer steps than ImageNet's 125,000
+batch_size = 256
+optimizer = "muon"
+learning_rate = 2e-3
+warmup_epochs = 2.0
