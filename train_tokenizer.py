@@ -43,7 +43,7 @@ compression = "conv"  # or "shuffle" (Table 8)
 # Objective
 alpha = 0.1  # α, weight of L_rec (Table 9); our L1 is on pixels in [-1, 1], twice that on [0, 1]: the paper is silent
 lpips_weight = 1.0  # λ_p; 0 = no perceptual loss, and no download of VGG
-lpips_net = "vgg"  # VGG-16; or a .pt2 file of feature maps, for images of another kind (runs/features.py)
+lpips_net = "vgg"  # VGG-16; or a .pt2 file of feature maps, for small images or another kind (runs/features.py)
 
 # Self-supervision
 ssl_method = "ibot"  # or "dino", "dinov2" (Table 6), "none"

@@ -1,7 +1,7 @@
 """The tokenizer on CIFAR-10 (JPEG or PNG files in train/CLASS/ and test/CLASS/): give it --data_dir=FOLDER.
 
-32 px images, latents 4 × 4 × 8: 24-fold compression, the paper's ratio. docs/LOG.md says what it reached,
-and how to get the files."""
+32 px images, latents 4 × 4 × 8: 24-fold compression, the paper's ratio; as in config/shapes_tokenizer.py the bottleneck
+merges no tokens. docs/LOG.md says what it reached, and how to get the files."""
 out_dir = "out/cifar10_tokenizer"
 image_size = 32
 workers = 2

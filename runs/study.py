@@ -160,10 +160,10 @@ def verdict(pairs, sign):
         return "not run"
     gains = [b - a if sign == "<" else a - b for a, b in pairs]
     mean, spread = sum(gains) / len(gains), max(max(side) - min(side) for side in zip(*pairs))
+    if len(pairs) == 1:
+        return f"{'holds' if mean > 0 else 'does not hold'} (one seed)"
     if mean <= 0:
         return "does not hold"
-    if len(pairs) == 1:
-        return "holds (one seed)"
     return "holds" if min(gains) > 0 and mean > spread else "holds weakly (less than the seeds' spread)"
 
 

@@ -162,7 +162,7 @@ def test_rows_differ_in_what_they_are_named_for_alone(cell):
 @pytest.mark.parametrize("pairs, sign, expected", [
     ([], "<", "not run"),
     ([(1.0, 2.0)], "<", "holds (one seed)"),
-    ([(2.0, 1.0)], "<", "does not hold"),
+    ([(2.0, 1.0)], "<", "does not hold (one seed)"),
     ([(1.0, 2.0), (1.1, 2.1)], "<", "holds"),
     ([(2.0, 1.0), (2.1, 1.1)], ">", "holds"),
     ([(1.0, 2.0), (1.9, 2.1)], "<", "holds weakly (less than the seeds' spread)"),
