@@ -115,7 +115,8 @@ def save_grid(path, images, columns, titles=(), names=()):
     """Writes uint8 images (N, H, W, 3), small ones enlarged, as one PNG, row by row, with `titles` over the columns and
     `names` before the rows."""
     n, height, width, _ = images.shape
-    rows, scale, top, left = -(-n // columns), max(1, 96 // width), 16 if titles else 0, 7 * max(map(len, names), default=0)
+    rows, scale = -(-n // columns), max(1, 96 // width)
+    top, left = 16 if titles else 0, 7 * max(map(len, names), default=0)
     height, width = height * scale + 2, width * scale + 2  # of a cell
     canvas = Image.new("RGB", (left + columns * width, top + rows * height), "white")
     pen = ImageDraw.Draw(canvas)
@@ -164,7 +165,8 @@ class TrainLoader:
         self.seconds += time.perf_counter() - began
         self.bad += bad
         if batch is None:
-            fail(f"{self.source.constant}: 100 images of one micro-batch can't be used: {' '.join(bad[0])}", everywhere=False)
+            fail(f"{self.source.constant}: 100 images of one micro-batch can't be used: {' '.join(bad[0])}",
+                 everywhere=False)
         return batch
 
     def waited(self):

@@ -205,8 +205,8 @@ def main():
     def save(step, finished=False):
         if dist.first:
             runtime.save_checkpoint(path, {
-                **runtime.header("tokenizer", {**joint, **constants, "data_dir": where}, dist), "step": step, "finished": finished,
-                "images": len(train), "bad_files": loader.reported, "tokenizer": averaged.state_dict(),
+                **runtime.header("tokenizer", {**joint, **constants, "data_dir": where}, dist), "step": step,
+                "finished": finished, "images": len(train), "bad_files": loader.reported, "tokenizer": averaged.state_dict(),
                 "decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(),
                 **({"discriminator": discriminator.heads.state_dict(),
                     "discriminator_optimizer": discriminator_optimizer.state_dict()} if discriminator else {})})

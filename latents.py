@@ -151,7 +151,8 @@ class Store:
         if not os.path.exists(path) and (dist is None or dist.first):
             free = shutil.disk_usage(os.path.dirname(path) or ".").free
             if size > free:
-                runtime.fail(f"{path} needs {size / 1e9:.3g} GB, but only {free / 1e9:.3g} are free there", everywhere=False)
+                runtime.fail(f"{path} needs {size / 1e9:.3g} GB, but only {free / 1e9:.3g} are free there",
+                             everywhere=False)
             with runtime.whole_file(path) as file:  # sparse: it takes up space only as it is filled
                 file.write(json.dumps(about).encode().ljust(self.HEADER))
                 file.truncate(size)
@@ -198,8 +199,8 @@ class Store:
 
 
 class Pairs:
-    """`source` as latents, for data.TrainLoader. Each item is an image and its mirror image: latents (2, c, h, w) float16 from the
-    cache, or, without one, pixels (2, H, W, 3) uint8."""
+    """`source` as latents, for data.TrainLoader. Each item is an image and its mirror image: latents (2, c, h, w) float16
+    from the cache, or, without one, pixels (2, H, W, 3) uint8."""
 
     def __init__(self, source, image_size, store=None):
         self.source, self.image_size, self.store, self.constant = source, image_size, store, source.constant

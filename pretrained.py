@@ -113,7 +113,7 @@ class FeatureNet:
 class FeatureDistance:
     """LPIPS's form over any network: (B, 3, H, W) twice, in [-1, 1] -> (B,). At every place of every feature map the
     squared distance between the two unit vectors of channels; means over places, then over maps. LPIPS weights the
-    channels by what people judged alike, which nobody has measured for 32 px.
+    channels by what people judged alike, which nobody has measured for these maps.
 
     path: a file of torch.export.save, images -> a tuple of feature maps, as runs/features.py writes it.
     """

@@ -231,14 +231,14 @@ def check_training(constants, dist, positive=()):
               f"{name}={constants.get(name)} is more than epochs={constants['epochs']}")
 
 
-def make_folder(out_dir, dist=None):
-    """Makes the folder unless it is there. With `dist` it is locked for this run."""
+def make_folder(path, dist=None, constant="out_dir"):
+    """Makes the folder, which `constant` names, unless it is there. With `dist` it is locked for this run."""
     try:
-        os.makedirs(out_dir, exist_ok=True)
+        os.makedirs(path, exist_ok=True)
         if dist:
-            dist.lock(os.path.join(out_dir, ".lock"), f"out_dir={out_dir}")
+            dist.lock(os.path.join(path, ".lock"), f"{constant}={path}")
     except OSError as error:
-        fail(f"out_dir={out_dir} can't be written to: {error.strerror}", everywhere=False)
+        fail(f"{constant}: {path} can't be written to: {error.strerror}", everywhere=False)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Stage 1: the TC-AE tokenizer, trained jointly with self-supervision (Sec. 3.4 and 3.5).
 
-    python train_tokenizer.py config/shapes_tokenizer.py                      # a laptop; first runs/features.py config/shapes_vgg.py
+    python train_tokenizer.py config/shapes_tokenizer.py                      # a laptop, after config/shapes_vgg.py
     torchrun --nproc_per_node=8 train_tokenizer.py --patch_size=8             # the paper's run, ImageNet in imagenet/
     python train_tokenizer.py --out_dir=out/x --resume=True                   # continues a stopped run
 
@@ -43,7 +43,7 @@ compression = "conv"  # or "shuffle" (Table 8)
 # Objective
 alpha = 0.1  # α, weight of L_rec (Table 9); our L1 is on pixels in [-1, 1], twice that on [0, 1]: the paper is silent
 lpips_weight = 1.0  # λ_p; 0 = no perceptual loss, and no download of VGG
-lpips_net = "vgg"  # VGG-16; or a .pt2 file of feature maps, for small images or another kind (runs/features.py)
+lpips_net = "vgg"  # VGG-16; or a .pt2 file of feature maps, for other images (runs/features.py)
 
 # Self-supervision
 ssl_method = "ibot"  # or "dino", "dinov2" (Table 6), "none"

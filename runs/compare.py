@@ -43,7 +43,7 @@ def main():
     known = [runtime.load_checkpoint(path, "checkpoints", kind="dit")["classes"] for path in paths]
     check(all(each == known[0] for each in known), "checkpoints: they were trained on different classes")
     chosen = classes or ",".join(map(str, range(min(10, len(known[0])))))
-    runtime.make_folder(Path(out).parent)
+    runtime.make_folder(Path(out).parent, constant="out")
     count, images = per_class * len(chosen.split(",")), []
     for path in paths:
         with tempfile.TemporaryDirectory() as folder:

@@ -27,7 +27,7 @@ from runtime import check
 
 data_dir = "cifar10"  # holds train/CLASS/ and test/CLASS/; or "shapes"
 shapes_images = 16000  # how many shapes to learn from if data_dir = "shapes"
-image_size = 32  # pixels, a multiple of 8; the network takes other sizes, too
+image_size = 32  # pixels; later the network takes any multiple of 8 from 16 on, the VGG any of 4
 network = "resnet"  # or "vgg"
 width = 32  # channels of its first convolutions
 out = ""  # the file to write; "" = out/<data_dir's name>_<network>.pt2
@@ -138,11 +138,11 @@ def accuracy(net, pixels, labels, dist):
 def main():
     runtime.configure(globals())
     check(network in ("resnet", "vgg"), f"network={network!r}: it is resnet or vgg")
-    check(image_size % 8 == 0, f"image_size={image_size} must be a multiple of 8 pixels")
+    check(image_size % 8 == 0 and image_size >= 16, f"image_size={image_size} must be a multiple of 8, at least 16")
     path = out or f"out/{Path(data_dir).name}_{network}.pt2"
     check(not os.path.exists(path), f"out={path} is there already: remove it, or give another name")
     dist = runtime.Distributed(device, dtype, seed, saves=False)
-    runtime.make_folder(Path(path).parent)
+    runtime.make_folder(Path(path).parent, constant="out")
     pixels, labels, classes = read("train")
     check(batch_size <= len(pixels), f"batch_size={batch_size} is more than the {len(pixels)} training images")
     held_out, held_out_labels, _ = read("val")

@@ -33,8 +33,8 @@ only = "flow,study"  # one or several of flow, study, reconstructions, colours, 
 results = "docs/study"  # of runs/study.py
 study_dir = "out/study"  # with its tokenizers, for reconstructions and colours
 tables_dir = "out/tables-imagenet"  # of runs/tables.py, for figure6
-data_dir = "cifar10"  # for them
-seed = 0  # of the study, for them
+data_dir = "cifar10"  # for reconstructions and colours
+seed = 0  # the study's, for reconstructions and colours
 out_dir = "docs"
 
 TABLE_2 = {"p4-none": "one\nbottleneck", "p4-stc-none": "staged", "p4": "one b.\n+ iBOT", "p4-stc": "staged\n+ iBOT"}
@@ -156,8 +156,8 @@ def study_figure():
         axes.set_xticks(range(4), TABLE_2.values(), fontsize=7.5)
         axes.set_title(title, fontsize=9.5)
         axes.margins(x=0.15, y=0.25)
-    figure.text(0.5, -0.03, "CIFAR-10, 64 tokens for 4 latent positions; a dot is a seed; Fréchet distances in the features "
-                            "of a CIFAR-10 classifier; vertical axes of dots do not begin at 0",
+    figure.text(0.5, -0.03, "CIFAR-10, 64 tokens for 4 latent positions; a dot is a seed; Fréchet distances in the "
+                            "features of a CIFAR-10 classifier; vertical axes of dots do not begin at 0",
                 ha="center", fontsize=8, color=GREY)
     figure.tight_layout()
     save(figure, "study.png")

@@ -64,8 +64,8 @@ def main():
     saved = runtime.load_checkpoint(tokenizer, "tokenizer", kind="tokenizer")
     check(saved["constants"]["data_dir"] == "shapes", f"tokenizer={tokenizer} was not trained on the shapes")
     tcae, size = TCAE.from_checkpoint(saved), saved["constants"]["image_size"]
-    runtime.make_folder(Path(feature_net).parent)
     check(size == 32, f"tokenizer={tokenizer}: the classifier is made for images of 32 pixels, not {size}")
+    runtime.make_folder(Path(feature_net).parent, constant="feature_net")
     names = data.Shapes.classes
     pixels, labels = examples(tcae, "train", images, size)
     torch.manual_seed(seed)

@@ -54,7 +54,7 @@ def test_what_samples_are_measured_by(folder, monkeypatch):
     features, logits = network(pixels)
     assert features.shape == (3, 256) and logits.shape == (3, 10)
     assert torch.allclose(network(pixels[:1])[0], features[:1], atol=1e-5)
-    assert network(torch.zeros(2, 64, 64, 3, dtype=torch.uint8))[0].shape == (2, 256)  # and of any size
+    assert network(torch.zeros(2, 64, 64, 3, dtype=torch.uint8))[0].shape == (2, 256)  # and of other sizes
 
 
 def test_the_perceptual_loss_is_lpips_form(folder):
