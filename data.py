@@ -116,7 +116,7 @@ def save_grid(path, images, columns, titles=(), names=()):
     `names` before the rows."""
     n, height, width, _ = images.shape
     rows, scale = -(-n // columns), max(1, 96 // width)
-    top, left = 16 if titles else 0, 7 * max(map(len, names), default=0)
+    top, left = 16 if titles else 0, 8 + 7 * max(map(len, names)) if names else 0
     height, width = height * scale + 2, width * scale + 2  # of a cell
     canvas = Image.new("RGB", (left + columns * width, top + rows * height), "white")
     pen = ImageDraw.Draw(canvas)

@@ -642,6 +642,11 @@ def test_grid_shows_every_image_in_its_place(tmp_path):
     top = len(titled) - len(pixels)
     assert top > 8 and np.array_equal(titled[top:], pixels)
     assert all((titled[:top, k * columns:(k + 1) * columns] < 128).any() for k in range(3)), "a title above each column"
+    data.save_grid(tmp_path / "named.png", levels[:, None, None, None].expand(6, 8, 8, 3), 3, names=["a", "bc"])
+    named = np.asarray(Image.open(tmp_path / "named.png"))
+    left = named.shape[1] - pixels.shape[1]
+    assert left > 8 and np.array_equal(named[:, left:], pixels)
+    assert all((named[k * rows:(k + 1) * rows, :left] < 128).any() for k in range(2)), "a name before each row"
 
 
 def test_a_store_without_room_is_one_line(tmp_path, monkeypatch):

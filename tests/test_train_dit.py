@@ -1,5 +1,6 @@
 """Stages 2 and 3 end to end, with networks of a few thousand parameters: the cache of latents, stopped, resumed, split,
 sampled, refused."""
+import importlib
 import json
 import os
 import pickle
@@ -103,6 +104,17 @@ def draw(base, tmp_path):
         run_here(sample, **merged)
         return merged["out_dir"]
     return call
+
+
+def test_generators_side_by_side(base, tmp_path, monkeypatch):
+    """runs/compare.py: a row for each generator, the same noise in each, so the same one twice makes the same row twice."""
+    monkeypatch.syspath_prepend(str(ROOT / "runs"))
+    compare, checkpoint = importlib.import_module("compare"), base / "run" / "checkpoint.pt"
+    run_here(compare, checkpoints=f"{checkpoint},{checkpoint}", names="one,the other", classes="0,1", steps=2,
+             out=tmp_path / "new" / "compare.png", dtype="float32")
+    pixels = np.asarray(Image.open(tmp_path / "new" / "compare.png"))[16:, -2 * 98:]
+    assert pixels.shape == (2 * 98, 2 * 98, 3) and pixels.std() > 1
+    assert np.array_equal(pixels[:98], pixels[98:])
 
 
 def latents_of(saved):
