@@ -6,9 +6,10 @@
     python eval.py --samples=their_reconstructions/ --reference=originals/ --paired=True     # another tokenizer's
 
 Reconstruction: rFID, PSNR, SSIM, LPIPS. Generation: gFID, IS, and with a `feature_net` of the generator's classes, in
-their order, the share of samples that it gives the class they were drawn for, "recognised". Linear probes (Table 1):
-the accuracy R_tok of a linear classifier on average-pooled tokens, R_lat of one on average-pooled latents, and the
-structure loss, 1 - R_lat / R_tok; also a probe on [CLS] and pooled tokens together, as in DINOv2's evaluation.
+their order, the share of samples that it gives the class they were drawn for, "recognised", of all and of the worst
+class. Linear probes (Table 1): the accuracy R_tok of a linear classifier on average-pooled tokens, R_lat of one on
+average-pooled latents, and the structure loss, 1 - R_lat / R_tok; also a probe on [CLS] and pooled tokens together, as
+in DINOv2's evaluation.
 Prints a table and writes it to eval.json, beside the checkpoint or the samples.
 """
 import json
@@ -163,7 +164,8 @@ class FeatureSums:
 
         self.total, self.products = zeros(network.features), zeros(network.features, network.features)
         self.counts, self.negative_entropies = zeros(self.SPLITS), zeros(self.SPLITS)
-        self.probabilities, self.right = zeros(self.SPLITS, network.classes), zeros()
+        self.probabilities = zeros(self.SPLITS, network.classes)
+        self.drawn, self.right = zeros(network.classes), zeros(network.classes)  # samples of each class
 
     def add(self, pixels, indices):
         """uint8 (B, H, W, 3) of the set's images `indices` (B,)."""
@@ -178,11 +180,13 @@ class FeatureSums:
             self.negative_entropies += parts @ (p * logits.log_softmax(1)).sum(1)
             self.probabilities += parts @ p  # (10, K)
             if self.labels is not None:
-                self.right += (logits.argmax(1).cpu() == self.labels[which]).sum()
+                drawn = F.one_hot(self.labels[which], p.shape[1]).to(p)  # (B, K)
+                self.drawn += drawn.sum(0)
+                self.right += drawn[drawn.argmax(1) == p.argmax(1)].sum(0)
 
     def reduce(self, dist):
         """Adds up the sums of all processes -> how many images there were."""
-        for name in "total", "products", "counts", "negative_entropies", "probabilities", "right":
+        for name in "total", "products", "counts", "negative_entropies", "probabilities", "drawn", "right":
             setattr(self, name, dist.sum(getattr(self, name)).cpu())
         count = int(self.counts.sum())
         check(count > 1, f"a Fréchet distance needs at least 2 images, not {count}")
@@ -404,7 +408,8 @@ def evaluate_samples(dist):
     results = {metric_name("gFID"): frechet_distance(sampled.mean_and_cov(), target),
                metric_name("IS"): sampled.inception_score()}
     if drawn is not None:
-        results[metric_name("recognised")] = (sampled.right / count).item()
+        results[metric_name("recognised")] = (sampled.right.sum() / sampled.drawn.sum()).item()
+        results[metric_name("recognised, worst class")] = (sampled.right / sampled.drawn).nan_to_num(1).min().item()
     return f"{samples}: {count} samples, {size} px, against {against} of {reference}", results
 
 

@@ -3,6 +3,7 @@
     python runs/features.py --data_dir=cifar10                          # a residual network, for eval.py --feature_net
     python runs/features.py config/cifar10_vgg.py --data_dir=cifar10    # a VGG, for --lpips_net
     python runs/features.py config/shapes_vgg.py                        # one for the shapes, half a minute
+    python runs/features.py config/shapes_judge.py                      # a residual network for the demo's samples
 
 The residual network takes uint8 images and returns features and logits, as `feature_net` does; Fréchet distances in its
 features are called FD (CIFAR-10 classifier), never FID. The VGG takes images in [-1, 1] and returns its feature maps,
@@ -23,8 +24,10 @@ from torch import nn
 
 import data
 import runtime
+from model import TCAE
 from runtime import check
 
+tokenizer = ""  # stage 1's checkpoint: learn from its reconstructions of the images, so that blur is forgiven
 data_dir = "cifar10"  # holds train/CLASS/ and test/CLASS/; or "shapes"
 shapes_images = 16000  # how many shapes to learn from if data_dir = "shapes"
 image_size = 32  # pixels; later the network takes any multiple of 8 from 16 on, the VGG any of 4
@@ -111,10 +114,14 @@ class Maps(nn.Module):
 
 
 def read(split):
-    """All images of a split, centre crops in memory: uint8 (N, 3, H, H), labels (N,), class names."""
+    """All images of a split, centre crops or their reconstructions: uint8 (N, 3, H, H), labels (N,), class names."""
     source = data.open_split(data_dir, split, image_size, shapes_images)
     pixels = np.stack([data.center_crop(source.load(i), image_size) for i in range(len(source))])
-    return torch.from_numpy(pixels).movedim(-1, 1).contiguous(), torch.tensor(source.labels), source.classes
+    pixels = torch.from_numpy(pixels)  # (N, H, H, 3)
+    if tokenizer:
+        tcae = TCAE.from_checkpoint(runtime.load_checkpoint(tokenizer, "tokenizer", kind="tokenizer"))
+        pixels = torch.cat([data.to_uint8(tcae(data.to_float(part, "cpu"))) for part in pixels.split(200)])
+    return pixels.movedim(-1, 1).contiguous(), torch.tensor(source.labels), source.classes
 
 
 def augment(pixels):
@@ -170,7 +177,8 @@ def main():
         if (step + 1) % 50 == 0:
             print(f"step {step + 1}/{steps}: loss {loss.item():.3f}, {time.perf_counter() - began:.0f} s", flush=True)
     net.eval()
-    print(f"{network} knows {accuracy(net, held_out, held_out_labels, dist):.2%} of {len(held_out)} held-out images")
+    print(f"{network} knows {accuracy(net, held_out, held_out_labels, dist):.2%} of {len(held_out)} held-out "
+          f"{'reconstructions' if tokenizer else 'images'}")
     net = net.cpu().to(memory_format=torch.contiguous_format).requires_grad_(False)
     batch, h, w = torch.export.Dim("batch", min=1), torch.export.Dim("h", min=2), torch.export.Dim("w", min=2)
     if network == "resnet":

@@ -207,8 +207,9 @@ def make(row, columns):
     produce(tokenizer, words(shared["joint"], data_dir=data_dir, **constants, accumulate=accumulate,
                              out_dir=tokenizer.parent, resume=True), **constants)
     if judges:
-        produce(judges["feature_net"], words(["runs/recognise.py"], tokenizer=tokenizer, images=400, epochs=1,
-                                             feature_net=judges["feature_net"]), processes=1)
+        produce(judges["feature_net"], words(["runs/features.py"], data_dir="shapes", tokenizer=tokenizer,
+                                             shapes_images=400, epochs=1, batch_size=64, width=8, augmented=False,
+                                             out=judges["feature_net"]), processes=1)
     evaluate(base / "tokenizer.json", tokenizer=tokenizer)
     if row.endswith("-system"):  # finetuning changes no latents: the generator does not know of it
         decoder, generator = folder / "finetuned" / "checkpoint.pt", generator + shared["longer"]

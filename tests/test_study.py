@@ -191,8 +191,8 @@ def test_the_table_and_the_pictures(tmp_path, monkeypatch, capsys):
         assert np.asarray(Image.open(tmp_path / name)).std() > 1
 
 
-def test_pictures_of_the_tokenizers(folder, tmp_path):
-    """Reconstructions and token colours of the rows that are there."""
+def test_pictures_of_the_tokenizers(folder, tmp_path, capsys):
+    """Reconstructions and token colours of the rows that are there; and a judge may learn from reconstructions."""
     figures = importlib.import_module("figures")
     for row, depth in ("p4-none", 0), ("p4-stc-none", 1):
         constants = dict(image_size=32, patch_size=4, downsample=16, latent_channels=4, encoder="16/2/1",
@@ -205,6 +205,9 @@ def test_pictures_of_the_tokenizers(folder, tmp_path):
     with Image.open(tmp_path / "study_reconstructions.png") as picture:
         assert picture.height == 3 * 98  # originals and two rows
     assert np.asarray(Image.open(tmp_path / "study_colours.png")).std() > 1
+    run_here(features, data_dir=folder / "cifar10", epochs=1, batch_size=32, width=4, out=tmp_path / "judge.pt2",
+             tokenizer=tmp_path / "p4-none-seed0/tokenizer/checkpoint.pt", dtype="float32")
+    assert "of 20 held-out reconstructions" in capsys.readouterr().out and (tmp_path / "judge.pt2").stat().st_size
 
 
 def test_the_paper_s_figure_6(tmp_path, monkeypatch):

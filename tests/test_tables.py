@@ -36,7 +36,7 @@ FILES = {  # of each script: the constants that name what it reads, and what it 
     "train_dit.py": (["tokenizer"], "{out_dir}/checkpoint.pt"),
     "sample.py": (["checkpoint", "tokenizer"], "{out_dir}/samples.npz"),
     "eval.py": (["tokenizer", "samples", "feature_net"], "{out}"),
-    "runs/recognise.py": (["tokenizer"], "{feature_net}"),
+    "runs/features.py": (["tokenizer"], "{out}"),
 }
 
 
