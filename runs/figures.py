@@ -38,8 +38,7 @@ seed = 0  # the study's, for reconstructions and colours
 out_dir = "docs"
 
 TABLE_2 = {"p4-none": "one\nbottleneck", "p4-stc-none": "staged", "p4": "one b.\n+ iBOT", "p4-stc": "staged\n+ iBOT"}
-RECONSTRUCTED = {"p4-none": "one bottleneck", "p4-stc-shuffle-none": "staged, shuffle",
-                 "p4-stc-none": "staged, conv."}
+RECONSTRUCTED = {"p4-none": "one bottleneck", "p4-stc-none": "staged"}
 INK, GREY, BLUE, ORANGE, GREEN = "#222222", "#8a8a8a", "#2b6cb0", "#dd6b20", "#2f855a"
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.color": INK,
                      "axes.labelcolor": INK, "font.family": "DejaVu Sans"})
@@ -181,11 +180,12 @@ def study_images(count):
 @torch.no_grad()
 def reconstructions():
     """study_reconstructions.png: the same images through one bottleneck and through two stages."""
-    pixels = study_images(10)
+    pixels = study_images(6)
     rows = [("original", pixels)] + [(name, data.to_uint8(tcae(data.to_float(pixels, "cpu"))))
                                      for name, tcae in study_tokenizers(RECONSTRUCTED)]
     path = Path(out_dir, "study_reconstructions.png")
-    data.save_grid(path, torch.cat([images for _, images in rows]), len(pixels), names=[name for name, _ in rows])
+    large = torch.cat([images for _, images in rows]).repeat_interleave(5, 1).repeat_interleave(5, 2)
+    data.save_grid(path, large, len(pixels), names=[name for name, _ in rows])
     print(f"wrote {path}")
 
 

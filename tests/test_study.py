@@ -203,7 +203,7 @@ def test_pictures_of_the_tokenizers(folder, tmp_path, capsys):
             "tokenizer": TCAE.from_constants(constants).state_dict()})
     run_here(figures, only="reconstructions,colours", study_dir=tmp_path, data_dir=folder / "cifar10", out_dir=tmp_path)
     with Image.open(tmp_path / "study_reconstructions.png") as picture:
-        assert picture.height == 3 * 98  # originals and two rows
+        assert picture.height == 3 * (5 * 32 + 2)  # originals and two rows
     assert np.asarray(Image.open(tmp_path / "study_colours.png")).std() > 1
     run_here(features, data_dir=folder / "cifar10", epochs=1, batch_size=32, width=4, out=tmp_path / "judge.pt2",
              tokenizer=tmp_path / "p4-none-seed0/tokenizer/checkpoint.pt", dtype="float32")
