@@ -1,4 +1,5 @@
-"""The tokenizer on CIFAR-10 (JPEG or PNG files in train/CLASS/ and test/CLASS/): give it --data_dir=FOLDER.
+"""The tokenizer on CIFAR-10 (JPEG or PNG files in train/CLASS/ and test/CLASS/), after config/cifar10_vgg.py: give it
+--data_dir=FOLDER.
 
 32 px images, latents 4 × 4 × 8: 24-fold compression, the paper's ratio; as in config/shapes_tokenizer.py the bottleneck
 merges no tokens. docs/LOG.md says what it reached, and how to get the files."""
@@ -12,18 +13,17 @@ encoder = "128/4/4"
 decoder = "128/4/4"
 stc_depth = 1
 alpha = 10.0  # Table 9: the value best for reconstruction; 1.0 was 1.5 dB behind after 1,000 steps
-lpips_weight = 0.0  # VGG-16's features mean little at 32 px
+lpips_net = "out/cifar10_vgg.pt2"
+lpips_weight = 0.3  # at 1 it stays below PCA (docs/LOG.md)
 prototypes = 1024
 head_hidden = 512
 global_crop_size = 24  # staged, 3 × 3 tokens, whose positions are most of what iBOT learns (docs/LOG.md)
 global_crop_scale = (0.3, 1.0)
-local_crops = 4
-local_crop_size = 16
-local_crop_scale = (0.1, 0.4)
+local_crops = 0  # of 16 px, staged, they would have 2 × 2 tokens
 teacher_temp = (0.02, 0.03)  # small images, short training: at 0.04 the teacher's output becomes uniform
 teacher_temp_warmup_epochs = 0.5
 teacher_momentum = 0.99  # fewer steps than ImageNet's 125,000
-epochs = 8
+epochs = 3
 optimizer = "muon"
 learning_rate = 2e-3
 batch_size = 64
