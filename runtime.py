@@ -238,7 +238,7 @@ def make_folder(path, dist=None, constant="out_dir"):
         if dist:
             dist.lock(os.path.join(path, ".lock"), f"{constant}={path}")
     except OSError as error:
-        fail(f"{constant}: {path} can't be written to: {error.strerror}", everywhere=False)
+        fail(f"{constant}={path} can't be written to: {error.strerror}", everywhere=False)
 
 
 @contextlib.contextmanager
