@@ -30,7 +30,7 @@ from runtime import check
 tokenizer = ""  # stage 1's checkpoint: learn from its reconstructions of the images, so that blur is forgiven
 data_dir = "cifar10"  # holds train/CLASS/ and test/CLASS/; or "shapes"
 shapes_images = 16000  # how many shapes to learn from if data_dir = "shapes"
-image_size = 32  # pixels; later the network takes any multiple of 8 from 16 on, the VGG any of 4
+image_size = 32  # pixels; later the network takes any multiple of 8 from 16 on, the VGG any of 4 from 8 on
 network = "resnet"  # or "vgg"
 width = 32  # channels of its first convolutions
 out = ""  # the file to write; "" = out/<data_dir's name>_<network>.pt2
@@ -119,7 +119,10 @@ def read(split):
     pixels = np.stack([data.center_crop(source.load(i), image_size) for i in range(len(source))])
     pixels = torch.from_numpy(pixels)  # (N, H, H, 3)
     if tokenizer:
-        tcae = TCAE.from_checkpoint(runtime.load_checkpoint(tokenizer, "tokenizer", kind="tokenizer"))
+        saved = runtime.load_checkpoint(tokenizer, "tokenizer", kind="tokenizer")
+        check(saved["constants"]["image_size"] == image_size,
+              f"image_size={image_size}, but tokenizer={tokenizer} is for {saved['constants']['image_size']} pixels")
+        tcae = TCAE.from_checkpoint(saved)
         pixels = torch.cat([data.to_uint8(tcae(data.to_float(part, "cpu"))) for part in pixels.split(200)])
     return pixels.movedim(-1, 1).contiguous(), torch.tensor(source.labels), source.classes
 
