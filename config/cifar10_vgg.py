@@ -1,4 +1,5 @@
-"""The perceptual loss of config/cifar10_tokenizer.py and config/study_tokenizer.py: a VGG that has learned CIFAR-10. Give it --data_dir=FOLDER."""
+"""The perceptual loss of config/cifar10_tokenizer.py and config/study_tokenizer.py: a VGG that has learned CIFAR-10.
+Give it --data_dir=FOLDER."""
 network = "vgg"
 epochs = 4
 learning_rate = 0.2

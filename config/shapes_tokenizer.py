@@ -1,8 +1,7 @@
 """The tokenizer on built-in shapes, after config/shapes_vgg.py: two CPU cores, minutes, no download.
 
-32 px images, latents 4 × 4 × 8: 24-fold compression, the paper's ratio. The 16 tokens that staged
-compression leaves of 64 are the latent's positions, so the bottleneck merges none; config/study_tokenizer.py has both
-stages."""
+32 px images, latents 4 × 4 × 8: 24-fold compression, the paper's ratio. The 16 tokens that staged compression leaves
+of 64 are the latent's positions, so the bottleneck merges none; config/images64_tokenizer.py has both stages."""
 data_dir = "shapes"
 out_dir = "out/shapes_tokenizer"
 image_size = 32

@@ -184,7 +184,7 @@ def reconstructions():
     rows = [("original", pixels)] + [(name, data.to_uint8(tcae(data.to_float(pixels, "cpu"))))
                                      for name, tcae in study_tokenizers(RECONSTRUCTED)]
     path = Path(out_dir, "study_reconstructions.png")
-    large = torch.cat([images for _, images in rows]).repeat_interleave(5, 1).repeat_interleave(5, 2)
+    large = torch.cat([images for _, images in rows]).repeat_interleave(5, 1).repeat_interleave(5, 2)  # to see seams
     data.save_grid(path, large, len(pixels), names=[name for name, _ in rows])
     print(f"wrote {path}")
 
