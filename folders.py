@@ -47,7 +47,10 @@ class ImageFolder:
             self.paths += found
             self.labels += [label] * len(found)
             others += [Path(path).suffix.lower() or "others" for path in set(files) - set(found)]
-        if by_class and self.classes == [""]:
+        if self.classes != [""]:  # images beside the class folders are of no class
+            others += [suffix for entry in os.scandir(root) if entry.is_file() and not entry.name.startswith(HIDDEN)
+                       and (suffix := Path(entry.name).suffix.lower()) in EXTENSIONS]
+        elif by_class:
             self.classes, self.labels = flat_classes(root, self.paths)
         if others and os.environ.get("RANK", "0") == "0":
             print(f"{constant}: left out of {root}:", ", ".join(f"{others.count(k)} {k}" for k in sorted({*others})))
@@ -114,11 +117,12 @@ def flat_classes(folder, paths):
 
 def files_below(root, parents=()):
     """Paths of all regular files below `root`. Links are followed, except in a circle; HIDDEN names are left out."""
+    parents = *parents, os.path.realpath(root)
     for entry in os.scandir(root):
         if entry.is_file() and not entry.name.startswith(HIDDEN):
             yield entry.path
         elif entry.is_dir() and not entry.name.startswith(HIDDEN) and os.path.realpath(entry) not in parents:
-            yield from files_below(entry.path, (*parents, os.path.realpath(entry)))
+            yield from files_below(entry.path, parents)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

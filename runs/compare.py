@@ -21,9 +21,9 @@ import data
 import runtime
 from runtime import check
 
-checkpoints = ""  # of train_dit.py, separated by commas
-names = ""  # of the rows, separated by commas; "" = the checkpoints' folders
-classes = ""  # which ones, as 0,5,7; "" = the first ten
+checkpoints = ""  # train_dit.py's, separated by commas
+names = ""  # row names, separated by commas; "" = the checkpoints' folders, or else their paths
+classes = ""  # their numbers, such as 0,5,7; "" = the first ten
 per_class = 1  # samples of each
 cfg_scale = 1.0  # as in sample.py, like the next ones
 steps = 50
@@ -36,7 +36,8 @@ out = "out/compare.png"
 def main():
     constants = runtime.configure(globals())
     paths = [path.strip() for path in checkpoints.split(",") if path.strip()]
-    rows = [name.strip() for name in names.split(",")] if names else [str(Path(path).parent) for path in paths]
+    folders = [str(Path(path).parent) for path in paths]
+    rows = [name.strip() for name in names.split(",")] if names else folders if len({*folders}) == len(paths) else paths
     check(paths, "checkpoints is empty: files of train_dit.py, separated by commas")
     check(len(rows) == len(paths), f"names={names}: {len(rows)} names for {len(paths)} checkpoints")
     check(per_class > 0, f"per_class={per_class} must be at least 1")

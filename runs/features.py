@@ -36,7 +36,7 @@ width = 32  # channels of its first convolutions
 out = ""  # the file to write; "" = out/<data_dir's name>_<network>.pt2
 epochs = 9
 batch_size = 256
-learning_rate = 0.4  # of SGD with Nesterov momentum, at its peak after a fifth of the run
+learning_rate = 0.4  # SGD with Nesterov momentum, at its peak after a fifth of the run
 weight_decay = 5e-4
 augmented = True  # False: images are neither moved nor mirrored
 seed = 1000  # the VGG takes the next one
@@ -155,7 +155,8 @@ def main():
     runtime.make_folder(Path(path).parent, constant="out")
     pixels, labels, classes = read("train")
     check(batch_size <= len(pixels), f"batch_size={batch_size} is more than the {len(pixels)} training images")
-    held_out, held_out_labels, _ = read("val")
+    held_out, held_out_labels, known = read("val")
+    check(known == classes, f"data_dir={data_dir}: the training and the validation images must have the same classes")
     torch.manual_seed(seed + (network == "vgg"))
     net = (ResNet if network == "resnet" else VGG)(len(classes), width).to(dist.device, memory_format=torch.channels_last)
     steps_per_epoch = len(pixels) // batch_size

@@ -29,12 +29,12 @@ from runtime import check
 
 data_dir = "cifar10"  # holds train/CLASS/ and test/CLASS/
 rows = "p8-none,p4-none,p4-stc-none,p4,p4-stc"  # README's; "all" = every row below
-seeds = (0, 1)  # of weights, order and noise; one alone is 0,
+seeds = (0, 1)  # for weights, order and noise; one alone is 0,
 tokenizer_config = "config/study_tokenizer.py"
 downsample = 16  # as in tokenizer_config, for the seams between latent positions
 dit_config = "config/study_dit.py"
 feature_net = "out/cifar10_resnet.pt2"  # what FD and IS are measured with
-samples = 5000  # of each generator, without and with guidance
+samples = 5000  # from each generator, without and with guidance
 cfg_scale = 2.0  # guidance
 dtype = "auto"  # bfloat16 or float32, in all cells; auto = as in those that are there, else the faster one here
 jobs = 2  # cells at a time, of one thread each
@@ -122,7 +122,7 @@ def run_cell(row, seed):
         value = {"seams": seams(drawn, photographs, downsample)}
         value |= {"samples": drawn.tolist(), "photographs": photographs.tolist()}
         (folder / "seams.json").write_text(json.dumps(value))
-    for log in tokenizer, dit:  # how it went: every tenth line or so is enough for a curve
+    for log in tokenizer, dit:  # how it went: some 40 lines are enough for a curve
         lines = (log.parent / "log.jsonl").read_text().splitlines()
         (folder / f"{log.parent.name}.log.jsonl").write_text("\n".join(lines[::max(1, len(lines) // 40)]) + "\n")
 
@@ -177,6 +177,8 @@ def main():
         row, seed = cell.split(":")
         return run_cell(row, int(seed))
     if not print_only:
+        check(os.path.isfile(feature_net), f"feature_net={feature_net}: there is no such file. First python "
+              f"runs/features.py --data_dir={data_dir} --out={feature_net}")
         finished = [json.loads(path.read_text())["constants"] for path in Path(out_dir).glob("*/tokenizer.json")]
         common_dtype = finished[0]["dtype"] if finished and dtype == "auto" else dtype
         common_dtype = str(runtime.Distributed(dtype=common_dtype, saves=False).dtype).removeprefix("torch.")

@@ -37,7 +37,7 @@ show = False  # True: print the commands that are still to run, and run nothing
 cost = False  # True: print what the rows cost, those of all tables if none is named, and run nothing
 
 data_dir = "imagenet"  # folder with train/ and val/
-reference = ""  # of gFID; "" = data_dir/VIRTUAL_imagenet256_labeled.npz, ADM's
+reference = ""  # for gFID; "" = data_dir/VIRTUAL_imagenet256_labeled.npz, ADM's
 out_dir = ""  # "" = out/tables-SCALE
 scale = "imagenet"  # or "shapes": everything tiny, on built-in images; a smoke test, ignore the numbers
 gpus = 0  # processes of each run; 0 = 8, for shapes 1
@@ -157,7 +157,7 @@ def done(path, constants):
     """Whether a result is there and whole: of a run with these constants, and ended (after SIGTERM it also exits 0)."""
     if path.suffix == ".pt" and path.exists():
         saved = runtime.load_checkpoint(path, "out_dir")
-        runtime.check_resumable(saved["constants"], constants, free=())
+        runtime.check_resumable(saved["constants"], constants, may_change=())
         return saved["finished"]
     return bool(measured(path)) if path.suffix == ".json" else path.exists()
 
@@ -226,11 +226,13 @@ def make(row, columns):
     sample("samples-1", shared["samples"], 1)
     for step in shared["kept"] if any("steps" in column for column in columns) else ():
         sample(f"step-{step}", shared["samples"], 1, dit.parent / f"step-{step}.pt")
-        Path(folder, f"step-{step}", "samples.npz").unlink(missing_ok=True)  # 10 GB
+        if not show:
+            Path(folder, f"step-{step}", "samples.npz").unlink(missing_ok=True)  # 10 GB
     if any("guidance" in column for column in columns):
         for cfg in cfg_scales:
             sample(f"guidance-{cfg:g}", shared["few_samples"], cfg)
-            Path(folder, f"guidance-{cfg:g}", "samples.npz").unlink(missing_ok=True)  # 2 GB
+            if not show:
+                Path(folder, f"guidance-{cfg:g}", "samples.npz").unlink(missing_ok=True)  # 2 GB
         best = guidance(row) or "BEST"  # with --show=True it may not be known yet
         sample(f"samples-{best}", shared["samples"], best)
 

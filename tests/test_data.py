@@ -224,12 +224,15 @@ def test_classes_are_the_folders_in_alphabetical_order(folder):
 
 def test_what_a_folder_holds(folder, capsys):
     """Links are followed at every depth, but not in a circle; what a Mac or a file server adds is no class and no
-    image; a pipe is no file; what else is no image is counted. One class, whichever way its é is written."""
+    image; a pipe is no file; what else is no image, or is of no class, is counted. One class, whichever way its é is
+    written."""
     train, elsewhere = folder / "train", folder / "elsewhere"
     (elsewhere / "deep").mkdir(parents=True)
     photo(8, 8).save(elsewhere / "deep" / "a.png")
     (train / "eel").symlink_to(elsewhere)
     (train / "cat" / "more").symlink_to(elsewhere)
+    (train / "cat" / "itself").symlink_to(train / "cat")
+    photo(8, 8).save(train / "beside.png")
     (elsewhere / "deep" / "circle").symlink_to(elsewhere)
     (elsewhere / "deep" / "gone.png").symlink_to(folder / "nowhere")
     os.mkfifo(train / "dog" / "pipe.jpg")
@@ -243,8 +246,8 @@ def test_what_a_folder_holds(folder, capsys):
     assert [path.removeprefix(f"{train}/") for path in source.paths] == [
         "cat/0.png", "cat/1.png", "cat/more/deep/a.png", "dog/0.png", "dog/1.png", "eel/deep/a.png"]
     printed = capsys.readouterr().out
-    assert printed == f"data_dir: left out of {train}: 1 .avif, 2 .bmp, 1 others\n"
-    assert len(data.ImageFolder(train, by_class=False)) == 6
+    assert printed == f"data_dir: left out of {train}: 1 .avif, 2 .bmp, 1 .png, 1 others\n"
+    assert len(data.ImageFolder(train, by_class=False)) == 7
     (train / "cat").rename(train / unicodedata.normalize("NFC", "café"))
     (folder / "val" / "cat").rename(folder / "val" / unicodedata.normalize("NFD", "café"))
     (folder / "val" / "eel").symlink_to(elsewhere)

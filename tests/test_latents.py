@@ -94,8 +94,8 @@ def test_pca_goes_through_all_stages(pca, tmp_path, monkeypatch):
 def test_a_cache_and_a_generator_belong_to_one_tokenizer_s_weights(pca, tmp_path):
     """Other components in the same file: all that was made with the old ones is refused, by name."""
     run_here(train_dit, **GENERATOR, tokenizer=pca, out_dir=tmp_path / "dit")
-    state = torch.load("out/pca.pt")
-    torch.save({**state, "basis": -state["basis"]}, "out/pca.pt")
+    state = torch.load("out/pca_shapes_32px_f8_c8.pt")
+    torch.save({**state, "basis": -state["basis"]}, "out/pca_shapes_32px_f8_c8.pt")
     again = dict(GENERATOR, tokenizer=pca, cache=tmp_path / "dit/latents.cache")
     message = failure(lambda **more: run_here(train_dit, **again, **more), out_dir=tmp_path / "again")
     assert "latents.cache.statistics was made from something else (tokenizer was" in message
@@ -106,7 +106,7 @@ def test_a_cache_and_a_generator_belong_to_one_tokenizer_s_weights(pca, tmp_path
 
 def test_two_processes_measure_what_one_does(pca, tmp_path):
     run_here(train_dit, **GENERATOR, tokenizer=pca, out_dir=tmp_path / "one")
-    (tmp_path / "out/pca.pt").unlink()  # the first of the two fits it anew
+    (tmp_path / "out/pca_shapes_32px_f8_c8.pt").unlink()  # the first of the two fits it anew
     fork_two(lambda **constants: run_here(train_dit, **constants), **GENERATOR, tokenizer=pca, out_dir=tmp_path / "two")
     one, two = (runtime.load_checkpoint(tmp_path / name / "checkpoint.pt", "") for name in ("one", "two"))
     torch.testing.assert_close(one["latent_std"], two["latent_std"])

@@ -129,6 +129,19 @@ def shown(monkeypatch, capsys, scripts, **constants):
     return found
 
 
+@pytest.mark.parametrize("table", ["figure6", "4"])
+def test_show_removes_nothing(monkeypatch, capsys, scripts, tmp_path, table):
+    """A row that is half done keeps the samples that wait for their evaluation."""
+    for _ in range(2):
+        commands = shown(monkeypatch, capsys, scripts, table=table, out_dir=tmp_path)
+        waiting = [Path(constants["samples"]) for path, constants, *_ in commands if constants.get("samples")]
+        for path in waiting:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+    shown(monkeypatch, capsys, scripts, table=table, out_dir=tmp_path)
+    assert len(waiting) > 5 and all(path.exists() for path in waiting)
+
+
 TABLES = [name for name in load("runs/tables.py").TABLES if " " not in name]
 
 

@@ -4,7 +4,7 @@
     python sample.py --checkpoint=out/pca/checkpoint.pt --cfg_scale=2.5
     python eval.py --tokenizer=runs/tokenizers/pca.py --out=out/pca/eval.json
 
-Fitted the first time, on training images; the mean and the components stay in `file`.
+Fitted the first time, on training images; the mean and the components stay in a file in out/.
 """
 import os
 from pathlib import Path
@@ -17,7 +17,6 @@ from torch.nn.functional import conv2d, pixel_shuffle, pixel_unshuffle
 import data
 import runtime
 
-file = "out/pca.pt"
 images = 4000  # to fit on
 
 
@@ -47,7 +46,9 @@ def fit():
 
 
 def tokenizer():
-    if not Path(file).exists():
-        os.makedirs(Path(file).parent, exist_ok=True)
+    sizes = f"{PCA.image_size}px_f{PCA.downsample}_c{PCA.latent_channels}"
+    file = Path("out", f"pca_{Path(PCA.data_dir).name}_{sizes}.pt")
+    if not file.exists():
+        os.makedirs("out", exist_ok=True)
         runtime.save_checkpoint(file, fit())
     return PCA(**torch.load(file, weights_only=True))
