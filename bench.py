@@ -30,14 +30,14 @@ import train_tokenizer as stage1
 from model import LightningDiT, TCAE, cfg_velocity, compile_blocks, sample_flow
 from runs.baselines import dc_ae, torchvision_views
 
-only = "steps,tokens,data,run"  # which tables, of these and rival
+only = "steps,tokens,data,run"  # which tables: these, or rival
 sizes = "auto"  # "shapes" or "paper"; auto = paper on CUDA, else shapes
 data_dir = "shapes"  # what the scripts run on; or a folder, as in train_tokenizer.py
 batch_size = 0  # images per step; 0 = the configuration's, for the paper's sizes an eighth of it (one GPU of eight)
 steps = 20  # that a script runs for; the first quarter is not counted
 repeats = 3  # measurements of each, in turn with what it is compared with; the median is shown
 device = "auto"  # cuda, mps or cpu
-dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
+dtype = "auto"  # matrix products in bfloat16 or float32; auto = bfloat16 where it is faster
 compile = "auto"  # torch.compile the blocks: True (a CPU needs a C++ compiler for it), False; auto = on CUDA
 
 HERE = Path(__file__).parent
@@ -118,7 +118,7 @@ def steps_table(dist, plain):
 
     yield "step", "images", "ms", "images/s", "plain float32, ms", "× faster"  # a table's first row is its header
     images = {script: constants_of(script, arguments_of(script))["batch_size"] for script in SHAPES}
-    pairs = zip(measures(dist, dist.compiles(compile)), measures(plain, False, "--dtype=float32", "--compile=False"))
+    pairs = zip(measures(dist, dist.should_compile(compile)), measures(plain, False, "--dtype=float32", "--compile=False"))
     for name, pair in zip([*SHAPES, "encode", "decode", "guided sampling"], pairs):
         (ours, theirs), n = medians(*pair), images.get(name, images[DIT])
         yield name, n, f"{ours * 1e3:.1f}", f"{n / ours:.0f}", f"{theirs * 1e3:.1f}", f"{theirs / ours:.2f}"
@@ -129,7 +129,7 @@ def tokens_table(dist, _):
     images, measures, rows = batch_size or (64 if dist.device.type == "cuda" else 2), [], ((16, 0), (8, 0), (8, 6))
     for p, depth in rows:
         arguments = f"--batch_size={images}", f"--patch_size={p}", f"--stc_depth={depth}"
-        encode, decode, _ = networks(dist, dist.compiles(compile), arguments, images)
+        encode, decode, _ = networks(dist, dist.should_compile(compile), arguments, images)
         measures += [encode, decode, lambda arguments=arguments: train(JOINT, *arguments)[1]]
     ms = 1e3 / images * medians(*measures).reshape(3, 3)  # rows × columns
     for (p, depth), times in zip(rows, ms):
@@ -139,7 +139,7 @@ def tokens_table(dist, _):
 def rival_table(dist, _):
     images, theirs, ours = batch_size or (64 if dist.device.type == "cuda" else 1), dc_ae(), TCAE(decoder="B")
     yield "tokenizer", "M parameters", "encode, ms/image", "decode, ms/image", "images/s", "× DC-AE's"
-    measures = [networks(dist, dist.compiles(compile), [], images, each)[:2] for each in (ours, theirs)]
+    measures = [networks(dist, dist.should_compile(compile), [], images, each)[:2] for each in (ours, theirs)]
     times = 1e3 / images * medians(*measures[0], *measures[1]).reshape(2, 2)  # ours, theirs × encode, decode
     for name, network, (encode, decode) in zip(("ours, S–B", "DC-AE f32c32"), (ours, theirs), times):
         total, parameters = encode + decode, sum(p.numel() for p in network.parameters())

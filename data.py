@@ -141,7 +141,7 @@ class TrainLoader:
     epoch, image) the rng, so the training data depends neither on processes or workers nor on a restart. An image that
     can't be used is replaced by another.
     short_side: pixels that a JPEG's short side must keep, see ImageFolder.load; 0 = all. resumed: the checkpoint that
-    the run goes on from, whose "bad_files" count if they still are.
+    the run resumes from, whose "bad_files" count if they still are.
     """
 
     def __init__(self, source, transform, batch_size, start, steps, seed, dist, collate=default_collate, short_side=0,

@@ -9,7 +9,7 @@ Reconstruction: rFID, PSNR, SSIM, LPIPS. Generation: gFID, IS, and with a `featu
 their order, the share of samples that it gives the class they were drawn for, "recognised", of all and of the worst
 class. Linear probes (Table 1): the accuracy R_tok of a linear classifier on average-pooled tokens, R_lat of one on
 average-pooled latents, and the structure loss, 1 - R_lat / R_tok; also a probe on [CLS] and pooled tokens together, as
-in DINOv2's evaluation.
+in DINOv2's evaluation. Sharpness: how large the reconstructions' gradients are, relative to the originals'.
 Prints a table and writes it to eval.json, beside the checkpoint or the samples.
 """
 import json
@@ -27,7 +27,7 @@ import data
 import pretrained
 import runtime
 from folders import Npz, open_images, side_of
-from latents import Foreign, open_tokenizer
+from latents import OtherTokenizer, open_tokenizer
 from runtime import check
 
 # What is measured: either a tokenizer on images …
@@ -49,9 +49,172 @@ probe_steps = 200  # L-BFGS steps of the probes' multinomial logistic regression
 probe_decay = 1e-4  # its L2 penalty
 batch_size = 64  # images at a time, per process
 workers = 4  # loading processes per process; 0 = load in the process itself
-out = ""  # file for the results; "" = eval.json beside the checkpoint or the samples; for a file.py, give one
+out = ""  # file for the results; "" = eval.json beside the checkpoint or the samples (with a file.py, give one)
 device = "auto"  # cuda, mps or cpu
-dtype = "auto"  # of the tokenizer's matrix products; the metrics themselves are always float32 or float64
+dtype = "auto"  # the tokenizer's matrix products; the metrics themselves are always in float32 or float64
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The three evaluations
+
+
+@torch.no_grad()
+def evaluate_tokenizer(dist):
+    """Reconstruction and probes -> what was measured, in words; {metric: value, or None if it can't be measured}."""
+    tcae = open_tokenizer(tokenizer, dist)
+    where, size = data_dir or tcae.data_dir, tcae.image_size
+    train, val = data.open_splits(where, size, tcae.shapes_images)
+    check(not pca or size <= 64, f"pca=True: {tokenizer} is for images of {size} pixels; 64 are the most for PCA")
+    pairs, of_train, of_val = PairMetrics(len(val), size, dist), PooledFeatures(train, tcae), PooledFeatures(val, tcae)
+
+    for pixels, indices in data.eval_loader(val, size, batch_size, dist, workers, val_images, "validation images"):
+        with dist.autocast():
+            cls, tokens, z = tcae.encode(data.to_float(pixels, dist.device), with_tokens=True)
+            reconstructions = data.to_uint8(tcae.decode(z)).cpu()
+        of_val.add(cls, tokens, z, indices)
+        pairs.add(pixels, reconstructions, indices)
+    if len(train.classes) == 1:
+        dist.print(f"no probes: {where} has no class folders to tell apart")
+    else:
+        for pixels, indices in data.eval_loader(train, size, batch_size, dist, workers, probe_images, "for the probes"):
+            with dist.autocast():
+                of_train.add(*tcae.encode(data.to_float(pixels, dist.device), with_tokens=True), indices)
+
+    count, results = pairs.results(dist)
+    if pca:
+        values = int(np.prod(tcae.latent_shape))
+        results[f"PSNR of PCA, {values} values"] = pca_psnr(train, val, values, size, dist)
+    fitted = int(dist.sum(torch.tensor(float(len(torch.cat(of_train.labels))))))
+    about = f"{count} images of {where}, {size} px; probes fitted on {fitted} training images"
+    return f"{tokenizer}: reconstructions of {about}", {**results, **probes(of_train, of_val, dist)}
+
+
+@torch.no_grad()
+def evaluate_samples(dist):
+    """FID and IS of samples against a reference -> what was measured, {metric: value}."""
+    images = open_images(samples, "samples")
+    size = side_of(images)
+    check(len(images) >= FeatureSums.SPLITS,
+          f"samples={samples} holds {len(images)} images; IS needs {FeatureSums.SPLITS} at least")
+    target = read_statistics(reference)
+    other = None if target else open_reference(size)
+    check(feature_net != "none", "feature_net=none: FID and IS, which samples are measured by, need a network")
+    try:
+        network = open_feature_net(size, dist)
+    except pretrained.MissingWeights as error:
+        runtime.fail(f"FID and IS need weights: {error}")
+    if target:
+        mean, cov = (tuple(statistic.shape) for statistic in target)
+        check(mean + mean == cov == (network.features,) * 2,
+              f"reference={reference}: mu is {mean} and sigma {cov}, but the network has {network.features} features")
+
+    drawn = drawn_classes(images, network.classes) if feature_net else None  # Inception has other classes
+
+    def measure(images, title, labels=None):
+        sums = FeatureSums(network, len(images), dist.device, labels)
+        for pixels, indices in data.eval_loader(images, size, batch_size, dist, workers, title=title):
+            sums.add(pixels, indices)
+        return sums, sums.reduce(dist)
+
+    sampled, count = measure(images, "samples", drawn)
+    against = "the statistics"
+    if other:
+        referred, other_count = measure(other, "reference")
+        target, against = referred.mean_and_cov(), f"{other_count} images"
+    results = {metric_name("gFID"): frechet_distance(sampled.mean_and_cov(), target),
+               metric_name("IS"): sampled.inception_score()}
+    if drawn is not None:
+        results[metric_name("recognised")] = (sampled.right.sum() / sampled.drawn.sum()).item()
+        results[metric_name("recognised, worst class")] = (sampled.right / sampled.drawn).nan_to_num(1).min().item()
+    return f"{samples}: {count} samples, {size} px, against {against} of {reference}", results
+
+
+@torch.no_grad()
+def evaluate_pairs(dist):
+    """rFID, PSNR, SSIM, LPIPS of reconstructions of the reference -> what was measured, {metric: value}."""
+    images = open_images(samples, "samples")
+    size = side_of(images)
+    other = open_reference(size)
+    order = partners(images, other)
+    pairs = PairMetrics(len(images), size, dist)
+    for (a, of_a), (b, of_b) in zip(
+            data.eval_loader(images, size, batch_size, dist, workers, title="pairs", keep_empty=True),
+            data.eval_loader(other, size, batch_size, dist, workers, indices=order, keep_empty=True), strict=True):
+        of_b = torch.from_numpy(order.argsort())[of_b.long()]  # whose partners they are
+        in_a, in_b = torch.isin(of_a, of_b), torch.isin(of_b, of_a)  # pairs of which both images could be decoded
+        if in_a.any():
+            pairs.add(b[in_b], a[in_a], of_a[in_a])
+    count, results = pairs.results(dist)
+    return f"{samples} as reconstructions of {reference}: {count} pairs, {size} px", results
+
+
+def read_statistics(path):
+    """The mean (D,) and covariance (D, D) in an .npz like ADM's; None if `path` isn't such a file."""
+    if os.path.isdir(path) or not zipfile.is_zipfile(path):
+        return None
+    with np.load(path) as file:
+        if not {"mu", "sigma"} <= set(file.files):
+            return None
+        return tuple(torch.from_numpy(file[name]).double() for name in ("mu", "sigma"))
+
+
+def open_reference(size):
+    """The images of `reference`: in a folder they may have any size, in an .npz they must have the samples'."""
+    if reference == "shapes":
+        return data.Shapes("val", 5000, size)
+    other = open_images(reference, "reference")
+    check(not isinstance(other, Npz) or side_of(other) == size,
+          f"reference={reference} has images of another size than the samples' {size} pixels")
+    return other
+
+
+def drawn_classes(images, classes):
+    """The class each sample was drawn for, arr_1 of an .npz, (N,); None unless it has one of `classes` for each."""
+    labels = np.load(images.root).get("arr_1", np.zeros(0)) if isinstance(images, Npz) else np.zeros(0)
+    fits = labels.shape == (len(images),) and labels.dtype.kind in "iu" and 0 <= labels.min() <= labels.max() < classes
+    return torch.from_numpy(labels).long() if fits else None
+
+
+def partners(images, other):
+    """The index in `other` of each image's partner: of the same path in its folder, else file name, else last number."""
+    def by_name(source, pattern):  # {what the pattern finds in an image's name, or None: the image's index}
+        names = [source.name(i).removeprefix(getattr(source, "root", "")) for i in range(len(source))]
+        return {match and match[1]: i for i, match in enumerate(re.search(pattern, name) for name in names)}
+
+    for pattern in r"^/?(.*)\.\w+$", r"([^/]*)\.\w+$", r"0*(\d+)\D*$":
+        a, b = by_name(images, pattern), by_name(other, pattern)
+        if a.keys() == b.keys() and None not in a and len(a) == len(images) == len(other):
+            return np.array([b[name] for name in a])
+    runtime.fail(f"paired=True: samples={samples}, {len(images)} images, and reference={reference}, {len(other)}, must "
+                 "have the same paths, file names or numbers in them (0, 1, … in an .npz)")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Networks, and what the metrics are called
+
+
+def open_feature_net(size, dist):
+    """The network for FID and IS of images of `size` pixels. Raises MissingWeights."""
+    if feature_net:
+        return pretrained.FeatureNet(feature_net, size, dist.device, FeatureSums.BATCH)
+    path = pretrained.download_weights(*pretrained.INCEPTION, dist)
+    return pretrained.Inception.pretrained(path).to(dist.device).eval()
+
+
+def load_network(metric, constant, load, dist):
+    """load(); or None, and a message, if the constant is "none" or weights are missing."""
+    why = f"{constant}=none"
+    try:
+        if globals()[constant] != "none":
+            return load()
+    except pretrained.MissingWeights as error:
+        why = error
+    dist.print(f"{metric} will not be measured: {why}")
+
+
+def metric_name(metric):
+    """FID and IS have these names only with Inception."""
+    return f"{metric.replace('FID', 'FD')} ({Path(feature_net).name})" if feature_net not in ("", "none") else metric
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -112,7 +275,7 @@ class PairMetrics:
             features.add(pixels, indices)
 
     def results(self, dist):
-        """-> (how many pairs, {metric: value}). Sharpness, a ratio of gradients, is below 1 for blurred images."""
+        """-> (how many pairs, {metric: value}). Sharpness is below 1 for blurred reconstructions."""
         psnr, similarity, before, after, lpips, count = dist.sum(self.sums).tolist()
         for features in self.features:
             features.reduce(dist)
@@ -230,7 +393,7 @@ class PooledFeatures:
 
     def __init__(self, source, tcae):
         self.classes, self.source_labels = len(source.classes), torch.tensor(source.labels)
-        width = 0 if isinstance(tcae, Foreign) else tcae.encoder.width
+        width = 0 if isinstance(tcae, OtherTokenizer) else tcae.encoder.width
         self.tokens_and_cls = [torch.zeros(0, 2 * width)]  # a process may have no images
         self.latents, self.labels = [torch.zeros(0, len(tcae.latent_mean))], [self.source_labels[:0]]
 
@@ -298,159 +461,7 @@ def chunks(features, labels, size=65536):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The three evaluations
-
-
-def open_feature_net(size, dist):
-    """The network for FID and IS of images of `size` pixels. Raises MissingWeights."""
-    if feature_net:
-        return pretrained.FeatureNet(feature_net, size, dist.device, FeatureSums.BATCH)
-    path = pretrained.download_weights(*pretrained.INCEPTION, dist)
-    return pretrained.Inception.pretrained(path).to(dist.device).eval()
-
-
-def load_network(metric, constant, load, dist):
-    """load(); or None, and a message, if the constant is "none" or weights are missing."""
-    why = f"{constant}=none"
-    try:
-        if globals()[constant] != "none":
-            return load()
-    except pretrained.MissingWeights as error:
-        why = error
-    dist.print(f"{metric} will not be measured: {why}")
-
-
-def metric_name(metric):
-    """FID and IS have these names only with Inception."""
-    return f"{metric.replace('FID', 'FD')} ({Path(feature_net).name})" if feature_net not in ("", "none") else metric
-
-
-@torch.no_grad()
-def evaluate_tokenizer(dist):
-    """-> what was measured, in words; {metric: value, or None if it can't be measured}."""
-    tcae = open_tokenizer(tokenizer, dist)
-    where, size = data_dir or tcae.data_dir, tcae.image_size
-    train, val = data.open_splits(where, size, tcae.shapes_images)
-    check(not pca or size <= 64, f"pca=True: {tokenizer} is for images of {size} pixels; 64 are the most for PCA")
-    pairs, of_train, of_val = PairMetrics(len(val), size, dist), PooledFeatures(train, tcae), PooledFeatures(val, tcae)
-
-    for pixels, indices in data.eval_loader(val, size, batch_size, dist, workers, val_images, "validation images"):
-        with dist.autocast():
-            cls, tokens, z = tcae.encode(data.to_float(pixels, dist.device), with_tokens=True)
-            reconstructions = data.to_uint8(tcae.decode(z)).cpu()
-        of_val.add(cls, tokens, z, indices)
-        pairs.add(pixels, reconstructions, indices)
-    if len(train.classes) == 1:
-        dist.print(f"no probes: {where} has no class folders to tell apart")
-    else:
-        for pixels, indices in data.eval_loader(train, size, batch_size, dist, workers, probe_images, "for the probes"):
-            with dist.autocast():
-                of_train.add(*tcae.encode(data.to_float(pixels, dist.device), with_tokens=True), indices)
-
-    count, results = pairs.results(dist)
-    if pca:
-        values = int(np.prod(tcae.latent_shape))
-        results[f"PSNR of PCA, {values} values"] = pca_psnr(train, val, values, size, dist)
-    fitted = int(dist.sum(torch.tensor(float(sum(map(len, of_train.labels))))))
-    about = f"{count} images of {where}, {size} px; probes fitted on {fitted} training images"
-    return f"{tokenizer}: reconstructions of {about}", {**results, **probes(of_train, of_val, dist)}
-
-
-def drawn_classes(images, classes):
-    """The class each sample was drawn for, arr_1 of an .npz, (N,); None unless it has one of `classes` for each."""
-    labels = np.load(images.root).get("arr_1", np.zeros(0)) if isinstance(images, Npz) else np.zeros(0)
-    fits = labels.shape == (len(images),) and labels.dtype.kind in "iu" and 0 <= labels.min() <= labels.max() < classes
-    return torch.from_numpy(labels).long() if fits else None
-
-
-def read_statistics(path):
-    """The mean (D,) and covariance (D, D) in an .npz like ADM's; None if `path` isn't such a file."""
-    if os.path.isdir(path) or not zipfile.is_zipfile(path):
-        return None
-    with np.load(path) as file:
-        if not {"mu", "sigma"} <= set(file.files):
-            return None
-        return tuple(torch.from_numpy(file[name]).double() for name in ("mu", "sigma"))
-
-
-@torch.no_grad()
-def evaluate_samples(dist):
-    """-> what was measured, {metric: value}, for samples against a reference: FID and IS."""
-    images = open_images(samples, "samples")
-    size = side_of(images)
-    check(len(images) >= FeatureSums.SPLITS,
-          f"samples={samples} holds {len(images)} images; IS needs {FeatureSums.SPLITS} at least")
-    target = read_statistics(reference)
-    other = None if target else open_reference(size)
-    check(feature_net != "none", "feature_net=none: FID and IS, which samples are measured by, need a network")
-    try:
-        network = open_feature_net(size, dist)
-    except pretrained.MissingWeights as error:
-        runtime.fail(f"FID and IS need weights: {error}")
-    if target:
-        mean, cov = (tuple(statistic.shape) for statistic in target)
-        check(mean + mean == cov == (network.features,) * 2,
-              f"reference={reference}: mu is {mean} and sigma {cov}, but the network has {network.features} features")
-
-    drawn = drawn_classes(images, network.classes) if feature_net else None  # Inception has other classes
-
-    def measure(images, title, labels=None):
-        sums = FeatureSums(network, len(images), dist.device, labels)
-        for pixels, indices in data.eval_loader(images, size, batch_size, dist, workers, title=title):
-            sums.add(pixels, indices)
-        return sums, sums.reduce(dist)
-
-    sampled, count = measure(images, "samples", drawn)
-    against = "the statistics"
-    if other:
-        referred, other_count = measure(other, "reference")
-        target, against = referred.mean_and_cov(), f"{other_count} images"
-    results = {metric_name("gFID"): frechet_distance(sampled.mean_and_cov(), target),
-               metric_name("IS"): sampled.inception_score()}
-    if drawn is not None:
-        results[metric_name("recognised")] = (sampled.right.sum() / sampled.drawn.sum()).item()
-        results[metric_name("recognised, worst class")] = (sampled.right / sampled.drawn).nan_to_num(1).min().item()
-    return f"{samples}: {count} samples, {size} px, against {against} of {reference}", results
-
-
-def partners(images, other):
-    """The index in `other` of each image's partner: of the same path in its folder, else file name, else last number."""
-    for pattern in r"^/?(.*)\.\w+$", r"([^/]*)\.\w+$", r"0*(\d+)\D*$":
-        a, b = ({(re.search(pattern, source.name(i).removeprefix(getattr(source, "root", ""))) or "??")[1]: i
-                 for i in range(len(source))} for source in (images, other))
-        if a.keys() == b.keys() and len(a) == len(images) == len(other):
-            return np.array([b[name] for name in a])
-    runtime.fail(f"paired=True: samples={samples}, {len(images)} images, and reference={reference}, {len(other)}, must "
-                 "have the same paths, file names or numbers in them (0, 1, … in an .npz)")
-
-
-@torch.no_grad()
-def evaluate_pairs(dist):
-    """-> what was measured, {metric: value}, for reconstructions of the reference: rFID, PSNR, SSIM, LPIPS."""
-    images = open_images(samples, "samples")
-    size = side_of(images)
-    other = open_reference(size)
-    order = partners(images, other)
-    pairs = PairMetrics(len(images), size, dist)
-    for (a, of_a), (b, of_b) in zip(
-            data.eval_loader(images, size, batch_size, dist, workers, title="pairs", keep_empty=True),
-            data.eval_loader(other, size, batch_size, dist, workers, indices=order, keep_empty=True), strict=True):
-        of_b = torch.from_numpy(order.argsort())[of_b.long()]  # whose partners they are
-        in_a, in_b = torch.isin(of_a, of_b), torch.isin(of_b, of_a)  # pairs of which both images could be decoded
-        if in_a.any():
-            pairs.add(b[in_b], a[in_a], of_a[in_a])
-    count, results = pairs.results(dist)
-    return f"{samples} as reconstructions of {reference}: {count} pairs, {size} px", results
-
-
-def open_reference(size):
-    """The images of `reference`: in a folder they may have any size, in an .npz they must have the samples'."""
-    if reference == "shapes":
-        return data.Shapes("val", 5000, size)
-    other = open_images(reference, "reference")
-    check(not isinstance(other, Npz) or side_of(other) == size,
-          f"reference={reference} has images of another size than the samples' {size} pixels")
-    return other
+# The run
 
 
 def main():
@@ -468,8 +479,10 @@ def main():
     dist = runtime.Distributed(device, dtype, saves=False)
     torch.set_float32_matmul_precision("highest")  # no TF32 in metrics
     torch.backends.cudnn.allow_tf32 = False
-    evaluate = evaluate_tokenizer if tokenizer else evaluate_pairs if paired else evaluate_samples
-    about, results = evaluate(dist)
+    if tokenizer:
+        about, results = evaluate_tokenizer(dist)
+    else:
+        about, results = evaluate_pairs(dist) if paired else evaluate_samples(dist)
     if dist.first:
         print(about)
         for name, value in results.items():

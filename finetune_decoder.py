@@ -38,8 +38,8 @@ lpips_net = "vgg"  # VGG-16, or a .pt2 file of feature maps, as in train_tokeniz
 adversarial_weight = 0.75  # λ_q; 0 = no discriminator
 discriminator_start = 6.0  # epoch from which the discriminator is trained
 adversarial_start = 8.0  # epoch from which its loss counts for the decoder
-discriminator_weights = "dino"  # of the frozen ViT-S/8 under its heads; or "random", for tests and experiments
-discriminator_size = "S"  # of that ViT; other sizes have random weights only
+discriminator_weights = "dino"  # the frozen ViT-S/8 under its heads; or "random", for tests and experiments
+discriminator_size = "S"  # that ViT's size; other sizes have random weights only
 discriminator_input = 224  # DINO's input resolution, pixels
 discriminator_augment = True  # DiffAugment: randomly shift and recolour all images that it sees
 
@@ -50,7 +50,7 @@ learning_rate = 2e-4  # at the end of the warm-up
 min_learning_rate = 2e-5  # at the end
 warmup_epochs = 1.0  # epochs in which the rate rises from 0
 betas = (0.9, 0.95)  # AdamW, for the decoder and for the discriminator's heads
-weight_decay = 0.0  # of all weights
+weight_decay = 0.0  # on all weights
 grad_clip = 0.0  # largest norm of the decoder's gradient; 0 = no clipping (RAE)
 decoder_ema = 0.9978  # momentum of the averaged decoder, which is the one to keep (RAE); 0 = the last weights
 
@@ -59,15 +59,16 @@ out_dir = "out/finetuned"
 resume = False  # True: continue from out_dir/checkpoint.pt if there is one
 seed = 0  # random seed
 device = "auto"  # cuda, mps or cpu
-dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
+dtype = "auto"  # matrix products in bfloat16 or float32; auto = bfloat16 where it is faster
 compile = "auto"  # torch.compile the blocks: True, False; auto = on CUDA, since a CPU gains little
 log_every = 50  # steps
 save_every = 1000  # steps between checkpoints
 eval_every = 1000  # steps between validations, each with a picture
 val_images = 1000  # images in a validation; 0 = all
 
-FREE = {"init_from", "out_dir", "resume", "device", "workers", "compile", "log_every", "save_every",
-        "eval_every", "val_images", "data_dir"}  # constants that a resumed run may change
+MAY_CHANGE = {  # with --resume=True; all other constants must be those that the run was begun with
+    "init_from", "out_dir", "resume", "device", "workers", "compile", "log_every", "save_every", "eval_every",
+    "val_images", "data_dir"}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The discriminator: trainable heads on a frozen DINO (which is in pretrained.py)
@@ -158,9 +159,9 @@ def check_constants(dist):
 
 
 def main():
-    constants, dist, path, resumed = runtime.start(globals(), "tokenizer", FREE)  # resumed: the checkpoint, or None
+    constants, dist, path, resumed = runtime.start(globals(), "tokenizer", MAY_CHANGE)  # resumed: a checkpoint or None
     check_constants(dist)
-    compiled = dist.compiles(compile)
+    compiling = dist.should_compile(compile)
 
     # The images of joint training, unless data_dir names others.
     given = resumed or runtime.load_checkpoint(init_from, "init_from", kind="tokenizer")
@@ -211,7 +212,7 @@ def main():
                 **({"discriminator": discriminator.heads.state_dict(),
                     "discriminator_optimizer": discriminator_optimizer.state_dict()} if discriminator else {})})
 
-    if compiled:
+    if compiling:
         compile_blocks(tcae, *([discriminator] if discriminator else []))
     wrapped_decoder = dist.distribute(decoder)
     wrapped_discriminator = dist.distribute(discriminator) if discriminator else None
@@ -303,7 +304,7 @@ def main():
         if stopping:
             break
         if validating:
-            with contextlib.suppress(runtime.Stopped):  # after SIGTERM the next step saves and ends the run
+            with contextlib.suppress(runtime.Stopped):  # a signal breaks it off; the next step saves and stops
                 progress.validated(data.validate(averaged, val, image_size, val_images, dist, picture))
     progress.bar.close()
 
@@ -315,7 +316,7 @@ def main():
         save(steps, finished=True)
         dist.print(f"wrote {path} and {picture}: step {steps}, validation PSNR {psnr:.2f} dB")
     except runtime.Stopped:
-        dist.print(f"stopped: saved {path} at step {done}; --resume=True goes on from there")
+        dist.print(f"stopped: saved {path} at step {done}; --resume=True continues from there")
     dist.close()
 
 

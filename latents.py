@@ -1,7 +1,7 @@
 """Between stage 1 and the others: a frozen tokenizer, ours or anybody's, and the data set as its latents.
 
     open_tokenizer                 from stage 1's checkpoint, or from a Python file (runs/tokenizers/ has examples)
-    measure_latents, normalise     the mean and std of its latents; for somebody else's tokenizer kept beside the cache
+    measure_latents, measure_once  the mean and std of its latents; another tokenizer's are kept beside the cache
     Store                          an array on disk that many processes fill
     fill_cache, Pairs, encode      the data set as latents, encoded once into a file, or on the fly
 """
@@ -22,10 +22,10 @@ from model import TCAE
 from runtime import check
 
 
-def open_tokenizer(path, dist, generator=None):
+def open_tokenizer(path, dist, dit_checkpoint=None):
     """The tokenizer at `path`, frozen: stage 1's checkpoint, or a Python file whose function `tokenizer()` returns a
-    module as Foreign takes it. (The file is run.) For a `generator`, what train_dit.py saved, it must have the latents
-    that it was trained on.
+    module as OtherTokenizer takes it. (The file is run.) dit_checkpoint: what train_dit.py saved; the tokenizer must
+    have the latents that this generator was trained on.
 
     -> a module on dist.device with
     encode(images) -> z, decode(z) -> images    as TCAE's, z normalised by latent_mean and latent_std, (c, 1, 1)
@@ -39,9 +39,9 @@ def open_tokenizer(path, dist, generator=None):
         network = run_file(path)
         if dist.first:
             dist.wait()
-        tokenizer, latents_of = Foreign(network), runtime.fingerprint(network.state_dict())
+        tokenizer, latents_of = OtherTokenizer(network), runtime.fingerprint(network.state_dict())
         settings = {"data_dir": "imagenet", "shapes_images": 20000}
-        settings |= {name: getattr(network, name) for name in (*settings, *Foreign.SIZES) if hasattr(network, name)}
+        settings |= {name: getattr(network, name) for name in (*settings, *OtherTokenizer.SIZES) if hasattr(network, name)}
     else:
         saved = runtime.load_checkpoint(path, "tokenizer", kind="tokenizer")
         tokenizer, settings = TCAE.from_checkpoint(saved), saved["constants"]
@@ -50,10 +50,10 @@ def open_tokenizer(path, dist, generator=None):
     tokenizer.latent_shape, tokenizer.latents_of = (settings["latent_channels"], side, side), latents_of
     for name in "image_size", "data_dir", "shapes_images":
         setattr(tokenizer, name, settings[name])
-    if generator:
-        check(generator["latents_of"] == latents_of, f"tokenizer={path} has other latents than the generator was "
-              f"trained on, those of {generator['constants']['tokenizer']}")
-        tokenizer.latent_mean, tokenizer.latent_std = generator["latent_mean"], generator["latent_std"]
+    if dit_checkpoint:
+        check(dit_checkpoint["latents_of"] == latents_of, f"tokenizer={path} has other latents than the generator was "
+              f"trained on, those of {dit_checkpoint['constants']['tokenizer']}")
+        tokenizer.latent_mean, tokenizer.latent_std = dit_checkpoint["latent_mean"], dit_checkpoint["latent_std"]
     return tokenizer.eval().requires_grad_(False).to(dist.device)
 
 
@@ -68,13 +68,13 @@ def run_file(path):
         network = module.tokenizer()
     except (ImportError, OSError) as error:  # a package that isn't installed, weights that can't be downloaded
         runtime.fail(f"tokenizer={path}: {str(error).strip().splitlines()[0]}", everywhere=False)
-    missing = [name for name in Foreign.NEEDED if not hasattr(network, name)]
-    check(isinstance(network, nn.Module) and not missing,
-          f"tokenizer={path}: tokenizer() must return a torch.nn.Module with {', '.join(missing or Foreign.NEEDED)}")
+    missing = [name for name in OtherTokenizer.NEEDED if not hasattr(network, name)]
+    check(isinstance(network, nn.Module) and not missing, f"tokenizer={path}: tokenizer() must return a torch.nn.Module "
+          f"with {', '.join(missing or OtherTokenizer.NEEDED)}")
     return network
 
 
-class Foreign(nn.Module):
+class OtherTokenizer(nn.Module):
     """Somebody else's tokenizer in TCAE's place. The network has
 
     encode(images (B, 3, H, W) in [-1, 1]) -> (B, latent_channels, H / downsample, W / downsample), of any scale
@@ -82,7 +82,8 @@ class Foreign(nn.Module):
     image_size, downsample, latent_channels    ints
     data_dir, shapes_images                    optional, as in train_tokenizer.py
 
-    latent_mean and latent_std are 0 and 1 until they are measured; latent_shape is set by open_tokenizer.
+    latent_mean and latent_std are 0 and 1 until they are measured; latent_shape is set by open_tokenizer. A cache knows
+    it by its weights: after a change of the file's code, --rebuild_cache=True.
     """
 
     SIZES = "image_size", "downsample", "latent_channels"
@@ -123,15 +124,16 @@ def measure_latents(tcae, source, image_size, images, workers, dist):
     tcae.latent_std.copy_((square - mean**2).clamp(min=1e-12).sqrt()[:, None, None])
 
 
-def normalise(path, tcae, source, rebuild, workers, dist):
-    """Measures the latents of somebody else's tokenizer, once: mean and std stay in the file `path`."""
+def measure_once(path, tcae, source, rebuild, workers, dist):
+    """measure_latents for somebody else's tokenizer, whose mean and std then stay in the file `path`."""
     store = open_store(path, tcae, source, rebuild, 1, (2, *tcae.latent_mean.shape), np.float32, dist)
     if len(store.to_do(dist)):
         measure_latents(tcae, source, tcae.image_size, 50000, workers, dist)
         if dist.first:
             store.put([0], torch.stack([tcae.latent_mean, tcae.latent_std]).cpu().numpy())
         dist.wait()
-    tcae.latent_mean, tcae.latent_std = torch.from_numpy(store.items[0].copy()).to(dist.device)
+    else:
+        tcae.latent_mean, tcae.latent_std = torch.from_numpy(store.items[0].copy()).to(dist.device)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -141,12 +143,13 @@ def normalise(path, tcae, source, rebuild, workers, dist):
 class Store:
     """An array on disk that many processes fill, item by item, over any number of runs. The file is 4096 bytes of JSON
     about its contents, then `state` (count,) uint8 (0 = to do, 1 = done, 2 = failed), then `items` (count, *shape);
-    both are memory-mapped. All processes of `dist` must open it together; the first creates it if need be."""
+    both are memory-mapped. All processes of `dist` must open it together; the first creates it if need be. For several
+    nodes it must lie where their memory maps agree: on a parallel file system, not on NFS."""
 
     HEADER = 4096
 
     def __init__(self, path, about, count, shape, dtype, dist=None):
-        self.path, self.given = path, (path, about, count, shape, dtype)
+        self.given = path, about, count, shape, dtype
         size = self.HEADER + count + count * math.prod(shape) * np.dtype(dtype).itemsize
         if not os.path.exists(path) and (dist is None or dist.first):
             free = shutil.disk_usage(os.path.dirname(path) or ".").free
@@ -235,6 +238,7 @@ def open_store(path, tcae, source, rebuild, count, shape, dtype, dist):
              "files": source.fingerprint()}
     lock = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.lock"), f"cache: {path}"
     if rebuild or not os.path.exists(path):
+        check(os.access(os.path.dirname(path) or ".", os.W_OK), f"cache: {path} can't be written there")
         dist.lock(*lock)
     if rebuild and dist.first and os.path.exists(path):
         os.remove(path)
@@ -243,7 +247,7 @@ def open_store(path, tcae, source, rebuild, count, shape, dtype, dist):
     check(not differences, f"cache: {path} was made from something else ({differences}). "
                            "--rebuild_cache=True replaces it, another --cache keeps both")
     store = Store(path, about, count, shape, dtype, dist)
-    if (store.state == 0).any():
+    if (store.state == 0).any() and store.items.flags.writeable:
         dist.lock(*lock)  # a complete one can be shared
     return store
 

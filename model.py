@@ -97,8 +97,8 @@ class Block(nn.Module):
 class MapMLP(MLP):
     """The MLP over the channels of a map, at each position alone: (B, inputs, h, w) -> (B, outputs, h, w)."""
 
-    def forward(self, map):
-        return super().forward(map.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 def init_weights(module):
@@ -142,23 +142,24 @@ def to_map(tokens, grid):
     return tokens.transpose(1, 2).unflatten(2, grid)
 
 
-def to_tokens(map):
+def to_tokens(x):
     """(B, D, h, w) -> (B, h w, D)."""
-    return map.flatten(2).transpose(1, 2)
+    return x.flatten(2).transpose(1, 2)
 
 
-def regrid(map, factor):
+def regrid(x, factor):
     """Pixel unshuffle to a grid `factor` times coarser: (B, D, h, w) -> (B, D factor², h / factor, w / factor). Factors
     1/2, 1/4, … are the inverse, pixel shuffle to a finer grid with fewer channels."""
-    return F.pixel_unshuffle(map, round(factor)) if factor >= 1 else F.pixel_shuffle(map, round(1 / factor))
+    return F.pixel_unshuffle(x, round(factor)) if factor >= 1 else F.pixel_shuffle(x, round(1 / factor))
 
 
 @lru_cache(maxsize=32)
 def position_embedding(grid, reference, dim, device):
     """Fixed 2-D sine-cosine position embedding of a grid (h, w) -> (h w, dim), amplitude 1.
 
-    Every grid is stretched over the same `reference` × `reference` square, aligned at patch centres, so that a local
-    crop's positions span the whole range, too. (iBOT interpolates a learned embedding instead.)
+    Coordinates span the same `reference` × `reference` square whatever the grid, aligned at patch centres. So the 12 × 12
+    patches of a local crop cover what an image's 32 × 32 cover, only more sparsely: a crop is an image of its own, as in
+    iBOT, which interpolates a learned embedding. And coarse tokens lie in the middle of the fine ones that they merge.
     """
     def encode(count):
         position = (torch.arange(count, dtype=torch.float64) + 0.5) * reference / count - 0.5
@@ -247,8 +248,12 @@ class Bottleneck(nn.Module):
     """Image tokens (B, h w, D) -> latent (B, c, H / f, W / f), Eq. 2: pixel unshuffle puts the factor² tokens of each
     latent position side by side, and an MLP mixes their channels down to c (Sec. 4.1).
 
-    factor = f / output_patch; factor² is f_tok→lat in Eq. 3 (with staged compression, a quarter of it). It is below 1
-    where there are fewer tokens than latent positions (p = 64): then each token spreads over 1 / factor² of them.
+    factor = f / output_patch. By default 32 / 16 = 2: 16 × 16 tokens become 8 × 8 positions, and f_tok→lat = 16 in Eq. 3
+    is the compression layer's 4 times the bottleneck's factor² = 4. Where tokens are fewer than positions (p = 64), it
+    is below 1, and each token spreads over 1 / factor² of them.
+
+    The latent is deterministic: no KL term, no noise, no quantisation. Nothing fixes its scale in training, so it is
+    normalised afterwards (TCAE).
     """
 
     def __init__(self, width, factor, latent_channels):
@@ -303,7 +308,8 @@ class Decoder(nn.Module):
         if self.expand:  # 1 token becomes 2 × 2
             x = self.expand(to_map(x, grid))  # (B, D, 2 h, 2 w)
             grid = x.shape[2:]
-            x = to_tokens(x).contiguous().float()  # (B, 4 h w, D); else all fine blocks run on a strided bfloat16 view
+            x = to_tokens(x).contiguous()  # (B, 4 h w, D); a strided view would be slow in every block
+            x = x.float()  # as the residual stream was before autocast ran the convolutions in bfloat16
         x = self.head(self.norm(self.fine_blocks(x)))  # (B, N, 3 p²)
         return F.pixel_shuffle(to_map(x, grid), self.patch_size).float()
 
@@ -326,30 +332,14 @@ class TCAE(nn.Module):
     def __init__(self, image_size=256, patch_size=8, downsample=32, latent_channels=128, encoder="S", decoder="S",
                  stc_depth=6, compression="conv"):
         super().__init__()
-        encoder_width, encoder_depth, _ = parse_size("encoder", encoder)
-        decoder_width, _, _ = parse_size("decoder", decoder)
-        if stc_depth > encoder_depth:
-            raise ValueError(f"stc_depth={stc_depth}: the encoder has only {encoder_depth} blocks")
-        if compression not in ("conv", "shuffle"):
-            raise ValueError(f"compression={compression!r}: it is 'conv' or 'shuffle'")
-        token_patch = output_patch(patch_size, stc_depth)
-        if image_size % token_patch or image_size % downsample:
-            raise ValueError(f"image_size={image_size} must be a multiple of patch_size={patch_size}"
-                             f"{' × 2 (staged compression)' if stc_depth else ''} and of downsample={downsample}")
-        if max(downsample, token_patch) % min(downsample, token_patch):
-            raise ValueError(f"downsample={downsample}: neither a multiple nor a divisor of the {token_patch} pixels "
-                             f"that a token stands for (patch_size={patch_size}, stc_depth={stc_depth})")
+        check_sizes(image_size, patch_size, downsample, encoder, decoder, stc_depth, compression)
+        width, depth, _ = parse_size("encoder", encoder)
         # Eq. 3: f² = f_pix→tok · f_tok→lat. Patch embedding compresses p² : 1 and the compression layer 4 : 1; the
         # bottleneck does the rest of f², factor² : 1.
-        factor = downsample / token_patch
-        for name, width in ("encoder", encoder_width), ("decoder", decoder_width):
-            if width * downsample**2 % token_patch**2:
-                raise ValueError(f"{name}: its width {width} must be divisible by {round(1 / factor**2)}, "
-                                 f"since patch_size={patch_size} spreads each token over so many latent positions")
+        factor = downsample / output_patch(patch_size, stc_depth)
         self.encoder = Encoder(image_size, patch_size, encoder, stc_depth, compression)
-        self.bottleneck = Bottleneck(encoder_width, factor, latent_channels)
-        self.decoder = Decoder(image_size, patch_size, decoder, stc_depth / encoder_depth, compression, factor,
-                               latent_channels)
+        self.bottleneck = Bottleneck(width, factor, latent_channels)
+        self.decoder = Decoder(image_size, patch_size, decoder, stc_depth / depth, compression, factor, latent_channels)
         self.register_buffer("latent_mean", torch.zeros(latent_channels, 1, 1))
         self.register_buffer("latent_std", torch.ones(latent_channels, 1, 1))
 
@@ -383,8 +373,30 @@ class TCAE(nn.Module):
         return self.decode(self.encode(images))
 
 
+def check_sizes(image_size, patch_size, downsample, encoder, decoder, stc_depth, compression):
+    """Raises a ValueError that names the argument if TCAE's sizes do not fit together."""
+    encoder_width, depth, _ = parse_size("encoder", encoder)
+    decoder_width, _, _ = parse_size("decoder", decoder)
+    if stc_depth > depth:
+        raise ValueError(f"stc_depth={stc_depth}: the encoder has only {depth} blocks")
+    if compression not in ("conv", "shuffle"):
+        raise ValueError(f"compression={compression!r}: it is 'conv' or 'shuffle'")
+    token_patch = output_patch(patch_size, stc_depth)
+    if image_size % token_patch or image_size % downsample:
+        raise ValueError(f"image_size={image_size} must be a multiple of patch_size={patch_size}"
+                         f"{' × 2 (staged compression)' if stc_depth else ''} and of downsample={downsample}")
+    if max(downsample, token_patch) % min(downsample, token_patch):
+        raise ValueError(f"downsample={downsample}: neither a multiple nor a divisor of the {token_patch} pixels "
+                         f"that a token stands for (patch_size={patch_size}, stc_depth={stc_depth})")
+    for name, width in ("encoder", encoder_width), ("decoder", decoder_width):
+        if width * downsample**2 % token_patch**2:
+            raise ValueError(f"{name}: its width {width} must be divisible by {(token_patch // downsample)**2}, "
+                             f"since patch_size={patch_size} spreads each token over so many latent positions")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
-# Joint self-supervision (Sec. 3.4); the losses, crops and masks are in ssl.py
+# Joint self-supervision (Sec. 3.4): a student predicts what the teacher, its moving average, makes of other crops of an
+# image, and of the tokens that are masked in its own. Read the beginning of ssl.py first, which has losses and masks
 
 
 class IBOTHead(nn.Module):
@@ -412,9 +424,11 @@ class SSLOutput(NamedTuple):
 
 
 def ssl_output(encoder, heads, views, student):
-    """The crops in `views`, as ssl.collate_crops makes them (global_crops, mask, masked_index (P,), local_crops) ->
-    SSLOutput. The teacher sees the global crops whole; the student (True) sees them masked, and the local crops.
-    heads: {"cls": IBOTHead, "patch": the same one, or DINOv2's}."""
+    """What the SSL losses take from one network. views: crops and masks, as ssl.collate_crops makes them.
+
+    student=True: the global crops are masked, and the local crops come after them. student=False, for the teacher: the
+    global crops whole, and no others. heads: {"cls": IBOTHead, "patch": the same one, or DINOv2's}.
+    """
     cls, tokens = encoder(views["global_crops"], views["mask"] if student else None)  # (2 B, D), (2 B, h², D)
     masked = tokens.flatten(0, 1)[views["masked_index"]]  # (P, D); K logits of every token would fill the memory
     cls_logits, patch_logits = heads["cls"](cls), heads["patch"](masked)
@@ -508,8 +522,10 @@ class DiTBlock(nn.Module):
 
 
 class LightningDiT(nn.Module):
-    """The velocity at z_t: z_t (B, c, h, w), t (B,) in [0, 1], labels (B,) -> (B, c, h, w). Each position is a token.
+    """The velocity at z_t: z_t (B, c, h, w), t (B,) in [0, 1], labels (B,) -> (B, c, h, w).
 
+    A DiT with each latent position as a token, RMSNorm, SwiGLU, a Fourier embedding of t, and rotary positions on top
+    of the fixed sine-cosine ones; without RAE's optional wide head and QK norm.
     size: "S", "B", "L", "XL" or "width/depth/heads". Label number `classes` is the null class, for guidance.
     """
 
@@ -551,8 +567,9 @@ class LightningDiT(nn.Module):
 
 
 def shift_time(t, latent_shape, shift_base=4096):
-    """t' = s t / (1 + (s - 1) t), s = √(c h w / shift_base), at least 1: our choice, RAE refuses less. Larger latents need
-    more noise before their content is lost, so this shifts t (in [0, 1]) towards 1. latent_shape: (c, h, w)."""
+    """t' = s t / (1 + (s - 1) t). Larger latents need more noise before their content is lost, so this shifts t (in
+    [0, 1]) towards 1. s = √(c h w / shift_base) is √2 for latents (c, h, w) of 128 × 8 × 8. Latents of fewer than
+    shift_base numbers, which RAE refuses, are not shifted: s = 1."""
     c, h, w = latent_shape
     s = max(1.0, c * h * w / shift_base) ** 0.5
     return s * t / (1 + (s - 1) * t)

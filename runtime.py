@@ -101,7 +101,7 @@ class Distributed:
         votes = self.sum(torch.tensor(float(seconds(torch.bfloat16) < 0.5 * seconds(torch.float32))))
         return votes.item() == self.count
 
-    def compiles(self, wanted, pays=False):
+    def should_compile(self, wanted, pays=False):
         """Whether to compile the blocks. `wanted` is the constant `compile`: "True", "False" or "auto", which means yes
         on CUDA, and on a CPU if it `pays` and there is a C++ compiler."""
         check(wanted in ("auto", "True", "False"), f"compile={wanted!r}: it is 'auto', True or False")
@@ -190,10 +190,10 @@ class Distributed:
 # The start of a run, checkpoints, logs
 
 
-def start(script, kind, free):
+def start(script, kind, may_change):
     """The start of a training script -> its constants; this process among the others; the path of its checkpoint; and
     the checkpoint to resume from, or None. Constants must then be those that the run was begun with, except for the
-    names in `free`. A run that is finished ends here."""
+    names in `may_change`. A run that is finished ends here."""
     constants, resumed = configure(script), None
     out_dir, path = constants["out_dir"], os.path.join(constants["out_dir"], "checkpoint.pt")
     if os.path.exists(path):
@@ -201,7 +201,7 @@ def start(script, kind, free):
               f"out_dir={out_dir} holds a run already: --resume=True continues it, another --out_dir begins a new one")
         resumed = load_checkpoint(path, "out_dir")
         check(resumed.get("kind") == kind, f"out_dir={out_dir} holds another kind of checkpoint: {resumed.get('kind')}")
-        check_resumable(resumed["constants"], constants, free)
+        check_resumable(resumed["constants"], constants, may_change)
     step = resumed["step"] if resumed else 0
     dist = Distributed(constants["device"], (resumed or constants)["dtype"], constants["seed"], step=step)
     if resumed and resumed["finished"]:
@@ -211,10 +211,10 @@ def start(script, kind, free):
     return constants, dist, path, resumed
 
 
-def check_resumable(saved, constants, free):
-    """Fails if constants other than `free` differ from the checkpoint's, naming them."""
+def check_resumable(saved, constants, may_change):
+    """Fails if constants other than `may_change` differ from the checkpoint's, naming them."""
     changed = [f"{name} was {saved.get(name)!r}, is {value!r}" for name, value in constants.items()
-               if name not in free and saved.get(name) != value]
+               if name not in may_change and saved.get(name) != value]
     check(not changed, "resume=True continues a run with the constants it was begun with, but " + "; ".join(changed)
           + ". Give the same values, or another out_dir")
 

@@ -1,7 +1,7 @@
 """Stage 3: class-conditional samples.
 
     python sample.py --checkpoint=out/shapes_dit/checkpoint.pt --cfg_scale=2.5                # a picture, ten classes
-    python sample.py --checkpoint=out/dit/checkpoint.pt --classes=207,360 --per_class=4       # of these two classes
+    python sample.py --checkpoint=out/dit/checkpoint.pt --classes=207,360 --per_class=4       # these two classes
     torchrun --nproc_per_node=8 sample.py --num_samples=50000 --cfg_scale=1.5                 # an .npz, for FID
 
 Sample i depends only on (seed, i) and its class; batch size and number of processes change nothing but rounding.
@@ -22,20 +22,20 @@ checkpoint = "out/dit/checkpoint.pt"  # stage 2's, or averaged weights that it k
 tokenizer = ""  # another one of the same latents, with a finetuned decoder; "" = the one that stage 2 used
 use_ema = True  # False: the last step's weights instead of their average
 
-classes = ""  # which ones, as 0,5,7; "" = the first ten for the picture, all for an .npz
+classes = ""  # their numbers, such as 0,5,7; "" = the first ten for the picture, all for an .npz
 per_class = 8  # samples of each class in the picture
 num_samples = 0  # above 0: write this many samples to an .npz instead, as many of each class
 
-steps = 50  # of the sampler
+steps = 50  # solver steps from noise to data
 method = "euler"  # or "heun": second order, at twice the cost per step
 cfg_scale = 1.0  # classifier-free guidance; 1 = none
-cfg_interval = (0.0, 1.0)  # guidance acts at times t in this interval; 0 = data, 1 = noise
-seed = 0  # of the noise
+cfg_interval = (0.0, 1.0)  # guidance acts at these (shifted) times t; 0 = data, 1 = noise
+seed = 0  # noise seed
 
 out_dir = "out/samples"
 batch_size = 64  # samples at a time, per process
 device = "auto"  # cuda, mps or cpu
-dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
+dtype = "auto"  # matrix products in bfloat16 or float32; auto = bfloat16 where it is faster
 
 
 @torch.no_grad()
@@ -58,7 +58,7 @@ def main():
     dist = runtime.Distributed(device, dtype, seed)
     saved = runtime.load_checkpoint(checkpoint, "checkpoint", kind="dit")
     check(use_ema or "model" in saved, f"use_ema=False: {checkpoint} holds averaged weights only")
-    tcae = open_tokenizer(tokenizer or saved["constants"]["tokenizer"], dist, generator=saved)
+    tcae = open_tokenizer(tokenizer or saved["constants"]["tokenizer"], dist, dit_checkpoint=saved)
     names, shape, weights = saved["classes"], tcae.latent_shape, saved["ema" if use_ema else "model"]
     dit = LightningDiT(saved["constants"]["size"], shape[0], shape[1], len(names)).eval().to(dist.device)
     dit.load_state_dict(weights)
@@ -68,9 +68,10 @@ def main():
               f"classes={classes}: {k!r} is not a class, 0 to {len(names) - 1}")
     if len(names) == 1 and cfg_scale != 1:
         dist.print(f"cfg_scale={cfg_scale}: the generator knows one class, so guidance has nothing to push towards")
-    labels = np.resize([int(k) for k in chosen], num_samples or per_class * len(chosen))  # in turn, repeated
+    count = num_samples or per_class * len(chosen)
+    labels = np.array([int(chosen[i % len(chosen)]) for i in range(count)])  # the classes in turn
 
-    # All processes fill one file, which outlives them, so that a stopped run can continue.
+    # A picture takes the same path as 50,000 samples: all processes fill one file, and a stopped run can continue.
     runtime.make_folder(out_dir, dist)
     part = os.path.join(out_dir, "samples.part")
     about = {"generator": runtime.fingerprint(weights), "tokenizer": runtime.fingerprint(tcae.state_dict()),
@@ -88,7 +89,7 @@ def main():
             break
     store.flush()
     if dist.stop_requested():  # only here, since processes may have different numbers of batches
-        dist.print(f"stopped: {part} keeps what is drawn; the same command goes on from there")
+        dist.print(f"stopped: {part} keeps what is drawn; the same command continues from there")
         return dist.close()
 
     path = os.path.join(out_dir, "samples.npz" if num_samples else "samples.png")

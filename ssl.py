@@ -10,38 +10,10 @@ and the teacher's tokens where its own are masked, L_MIM. So tokens learn to say
     MultiCrop, collate_crops     one image -> its crops and masks; then a batch of them, as the networks take it
     random_resized_crop, augment, …    pixel arithmetic
 
-Nothing here has parameters; the heads are in model.py. This file shadows Python's own `ssl`. So it first runs that
-module's code in its own namespace, and it imports numpy, Pillow and torch only when they are used. Whoever imports ssl
-here, urllib and pip among them, still gets the TLS module, even where those packages are not installed.
+Nothing here has parameters; the heads are in model.py. This file is also Python's own `ssl`, whose name it takes: the
+last section, which is not about the method, makes it so. (np, torch, data, Image and ImageFilter are imported there.)
 """
-# First, this file is also Python's ssl (the docstring's last paragraph). The method begins at "The loss (Eq. 4)".
-import importlib
 import math
-import sysconfig
-from importlib.machinery import PathFinder
-
-_doc = __doc__
-if "SSLContext" not in globals():  # else runtime.py adds this file to a TLS module that was there before
-    exec(PathFinder.find_spec("ssl", [sysconfig.get_path("stdlib")]).loader.get_code("ssl"))
-__doc__ = _doc
-
-
-class _Later:
-    """A module that is imported at its first use."""
-
-    def __init__(self, name):
-        self._name = name
-
-    def __getattr__(self, attribute):
-        if attribute.startswith("__"):  # inspect and doctest ask every object for these
-            raise AttributeError(attribute)
-        value = getattr(importlib.import_module(self._name), attribute)
-        setattr(self, attribute, value)  # from now on found without coming here
-        return value
-
-
-np, torch, data = _Later("numpy"), _Later("torch"), _Later("data")
-Image, ImageFilter = _Later("PIL.Image"), _Later("PIL.ImageFilter")
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loss (Eq. 4)
@@ -154,17 +126,17 @@ def block_mask(height, width, ratio, rng):
     failures = 0
     while mask.sum() < wanted and failures < 10:
         left_to_hide = wanted - mask.sum()
-        area = rng.uniform(*sorted((smallest, left_to_hide)))
+        low, high = sorted((smallest, left_to_hide))
+        area = rng.uniform(low, high)
         aspect = np.exp(rng.uniform(np.log(0.3), np.log(1 / 0.3)))
         h, w = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
-        failures += 1
-        if not (0 < h < height and 0 < w < width):
-            continue
-        top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
-        block = mask[top:top + h, left:left + w]
-        if 0 < block.size - block.sum() <= left_to_hide:
-            block[:] = True
-            failures = 0
+        failures += 1  # unless this block fits
+        if 0 < h < height and 0 < w < width:
+            top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
+            block = mask[top:top + h, left:left + w]
+            if 0 < block.size - block.sum() <= left_to_hide:
+                block[:] = True
+                failures = 0
     return mask
 
 
@@ -188,7 +160,7 @@ class MultiCrop:
             return augment(random_resized_crop(pixels, size, scale, rng), rng, blur, solarize, self.blur_scale)
 
         def mask():  # half of the time it hides nothing, else 10 to 50 % of the tokens
-            ratio = rng.uniform(0.3 - 0.2, 0.3 + 0.2) if self.masks and rng.random() < 0.5 else 0.0
+            ratio = rng.uniform(0.1, 0.5) if self.masks and rng.random() < 0.5 else 0.0
             return block_mask(self.mask_grid, self.mask_grid, ratio, rng)
 
         local_crops = [crop(self.local_size, self.local_scale, 0.5, 0.0) for _ in range(self.local_crops)]
@@ -211,8 +183,10 @@ def collate_crops(views):
     views = {name: batch.transpose(0, 1).flatten(0, 1) for name, batch in views.items()}
     tokens = views["mask"].flatten(1)  # (2 B, h h)
     counts = tokens.sum(1)
-    shares = 1 / (counts * len(counts)).clamp(min=1)
-    return {**views, "masked_index": tokens.flatten().nonzero()[:, 0], "mask_weight": shares.repeat_interleave(counts)}
+    weights = 1 / (counts * len(counts)).clamp(min=1)  # (2 B,), of a masked token in each crop
+    views["masked_index"] = tokens.flatten().nonzero()[:, 0]  # crop by crop, so each crop's weight comes counts times
+    views["mask_weight"] = weights.repeat_interleave(counts)
+    return views
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -298,3 +272,35 @@ def augment(pixels, rng, blur, solarize, blur_scale):
     if rng.random() < solarize:
         pixels = np.minimum(pixels, 255 - pixels)  # values from 128 on are inverted
     return pixels
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Not about the method: this file is also Python's TLS module. It hides that module from everybody who imports ssl in
+# this folder, urllib and pip among them. So it runs the module's code in its own namespace, and imports the method's
+# packages only when they are used: an `import ssl` must work where they are not installed.
+import importlib
+import sysconfig
+from importlib.machinery import PathFinder
+
+_doc = __doc__
+if "SSLContext" not in globals():  # else runtime.py adds this file to a TLS module that was there before
+    exec(PathFinder.find_spec("ssl", [sysconfig.get_path("stdlib")]).loader.get_code("ssl"))
+__doc__ = _doc
+
+
+class _Later:
+    """A module that is imported at its first use."""
+
+    def __init__(self, name):
+        self._name = name
+
+    def __getattr__(self, attribute):
+        if attribute.startswith("__"):  # inspect and doctest ask every object for these
+            raise AttributeError(attribute)
+        value = getattr(importlib.import_module(self._name), attribute)
+        setattr(self, attribute, value)  # from now on found without coming here
+        return value
+
+
+np, torch, data = _Later("numpy"), _Later("torch"), _Later("data")
+Image, ImageFilter = _Later("PIL.Image"), _Later("PIL.ImageFilter")

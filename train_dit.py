@@ -16,7 +16,7 @@ import torch
 import data
 import optim
 import runtime
-from latents import Foreign, Pairs, encode, fill_cache, normalise, open_tokenizer
+from latents import OtherTokenizer, Pairs, encode, fill_cache, measure_once, open_tokenizer
 from model import LightningDiT, cfg_velocity, compile_blocks, flow_matching_loss, sample_flow, shift_time
 from runtime import check
 
@@ -44,16 +44,16 @@ warmup_steps = 0  # steps in which the rate rises from 0
 optimizer = "adamw"  # or "muon": Muon for matrices in blocks, AdamW for the rest (optim.py)
 muon_rate = 3.0  # Muon's learning rate, times learning_rate
 betas = (0.9, 0.95)  # AdamW
-weight_decay = 0.0  # of all weights
+weight_decay = 0.0  # on all weights
 grad_clip = 1.0  # largest norm of the gradient; 0 = no clipping
-ema_momentum = 0.9995  # of the averaged weights, which sample.py uses
+ema_momentum = 0.9995  # EMA of the weights, which sample.py uses
 
 # The run
 out_dir = "out/dit"
 resume = False  # True: continue from out_dir/checkpoint.pt if there is one
 seed = 0  # random seed
 device = "auto"  # cuda, mps or cpu
-dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
+dtype = "auto"  # matrix products in bfloat16 or float32; auto = bfloat16 where it is faster
 compile = "auto"  # torch.compile the blocks: True, False; auto = on CUDA, or in a long run on a CPU with a C++ compiler
 log_every = 100  # steps
 save_every = 5000  # steps between checkpoints, each in place of the last
@@ -62,9 +62,10 @@ sample_every = 5000  # steps between pictures of EMA samples
 sample_steps = 50  # Euler steps for those pictures
 sample_cfg_scale = 1.0  # guidance for those pictures; 1 = none
 
-FREE = {"out_dir", "resume", "device", "workers", "compile", "accumulate", "log_every", "save_every", "keep_every",
-        "sample_every", "sample_steps", "sample_cfg_scale", "data_dir", "cache", "rebuild_cache", "cache_latents",
-        "tokenizer"}
+MAY_CHANGE = {  # with --resume=True; all other constants must be those that the run was begun with
+    "out_dir", "resume", "device", "workers", "compile", "accumulate", "log_every", "save_every", "keep_every",
+    "sample_every", "sample_steps", "sample_cfg_scale", "data_dir", "cache", "rebuild_cache", "cache_latents",
+    "tokenizer"}
 
 
 def check_constants(dist):
@@ -110,13 +111,13 @@ def draw_samples(ema, tcae, shape, class_names, path, dist):
 
 
 def main():
-    constants, dist, path, resumed = runtime.start(globals(), "dit", FREE)  # resumed: the checkpoint, or None
+    constants, dist, path, resumed = runtime.start(globals(), "dit", MAY_CHANGE)  # resumed: a checkpoint or None
     check_constants(dist)
-    dist.compiles(compile)  # if compile=True doesn't work here, fail now, not after an hour of encoding
+    dist.should_compile(compile)  # if compile=True doesn't work here, fail now, not after an hour of encoding
     runtime.make_folder(out_dir, dist)
 
     # The tokenizer, frozen
-    tcae = open_tokenizer(tokenizer, dist, generator=resumed)
+    tcae = open_tokenizer(tokenizer, dist, dit_checkpoint=resumed)
     channels, side, _ = shape = tcae.latent_shape
 
     # The data: latents from the cache, or pixels to encode in every step
@@ -129,12 +130,12 @@ def main():
           f"data_dir has {len(source)} training images of {len(source.classes)} classes, others than {path} began with")
     store, cache_path = None, cache or os.path.join(out_dir, "latents.cache")
     try:
-        if isinstance(tcae, Foreign):
-            normalise(f"{cache_path}.statistics", tcae, source, rebuild_cache, workers, dist)
+        if isinstance(tcae, OtherTokenizer):
+            measure_once(f"{cache_path}.statistics", tcae, source, rebuild_cache, workers, dist)
         if cache_latents:
             store = fill_cache(cache_path, tcae, source, rebuild_cache, workers, dist)
     except runtime.Stopped:
-        dist.print(f"stopped: {cache_path} keeps what is encoded; the next run goes on from there")
+        dist.print(f"stopped: {cache_path} keeps what is encoded; the next run continues from there")
         return dist.close()
     pairs = Pairs(source, tcae.image_size, store)
 
@@ -155,7 +156,7 @@ def main():
     # On a CPU, compiling takes 10 to 40 s and saves a quarter of every step, so it pays in a run of minutes, which
     # 2e13 operations take. Constants alone decide, so that a resumed run decides alike.
     operations = 6 * sum(p.numel() for p in trained) * side**2 * batch_size * steps  # 6 for each weight and token
-    if dist.compiles(compile, pays=operations > 2e13):
+    if dist.should_compile(compile, pays=operations > 2e13):
         compile_blocks(model, ema)
     wrapped = dist.distribute(model)
 
@@ -165,9 +166,11 @@ def main():
     picture = os.path.join(out_dir, "samples.png")
 
     for step in range(start, steps):
-        # Constant learning rate (after a warm-up), then linear decay from decay_epoch on.
-        decayed = max(0, step - decay_step) / max(1, steps - decay_step)
-        lr = (learning_rate + (min_learning_rate - learning_rate) * decayed) * min(1, (step + 1) / max(1, warmup_steps))
+        lr = learning_rate
+        if step > decay_step:  # constant, then linear decay
+            lr += (min_learning_rate - learning_rate) * (step - decay_step) / (steps - decay_step)
+        if step < warmup_steps:
+            lr *= (step + 1) / warmup_steps
 
         total = 0
         for micro_batch in range(accumulate):
@@ -176,7 +179,7 @@ def main():
             z = (x if store else encode(tcae, x, dist)).float()  # (B, c, h, w)
 
             # Flow matching (Sec. 4.1): at z_t = (1 - t) z + t noise the model predicts the velocity noise - z, by mean
-            # squared error. The larger the latent, the further t is shifted towards noise.
+            # squared error. t is logit-normal, from Example; the larger the latent, the further it is shifted to noise.
             wrapped.require_backward_grad_sync = micro_batch == accumulate - 1  # DDP exchanges gradients once a step
             with dist.autocast():
                 loss = flow_matching_loss(wrapped, z, labels, noise, shift_time(t, shape, shift_base))
@@ -210,7 +213,7 @@ def main():
                 runtime.save_checkpoint(path, {**to_sample, **to_resume})
         if stopping and not last:
             progress.bar.close()
-            dist.print(f"stopped: saved {path} at step {done}; --resume=True goes on from there")
+            dist.print(f"stopped: saved {path} at step {done}; --resume=True continues from there")
             return dist.close()
         if drawing and dist.first:
             draw_samples(ema, tcae, shape, source.classes, picture, dist)

@@ -1,6 +1,7 @@
 """Stage 1: the TC-AE tokenizer, trained jointly with self-supervision (Sec. 3.4 and 3.5).
 
-    python train_tokenizer.py config/shapes_tokenizer.py                      # a laptop, after config/shapes_vgg.py
+    python runs/features.py config/shapes_vgg.py                              # a laptop: first its perceptual loss
+    python train_tokenizer.py config/shapes_tokenizer.py
     torchrun --nproc_per_node=8 train_tokenizer.py --patch_size=8             # the paper's run, ImageNet in imagenet/
     python train_tokenizer.py --out_dir=out/x --resume=True                   # continues a stopped run
 
@@ -37,7 +38,7 @@ downsample = 32  # f: side of one latent position, pixels
 latent_channels = 128  # c (Table 10: 256, Table 11: 32)
 encoder = "S"  # S, B, L or width/depth/heads such as 128/4/4
 decoder = "S"  # the same (Fig. 8)
-stc_depth = 6  # M: the compression layer follows block M; 0 = no staged compression, Table 6's M = 12
+stc_depth = 6  # M: blocks before the compression layer; 0 = no such layer (which Table 6 calls M = 12)
 compression = "conv"  # or "shuffle" (Table 8)
 
 # Objective
@@ -69,7 +70,7 @@ warmup_epochs = 5.0  # epochs in which the rate rises from 0
 optimizer = "adamw"  # or "muon", for matrices in blocks and MLPs and for the compression (optim.py)
 muon_rate = 3.0  # Muon's learning rate, times learning_rate
 betas = (0.9, 0.95)  # AdamW
-weight_decay = 0.04  # of matrices; biases, norms and tokens have none
+weight_decay = 0.04  # on matrices only, not on biases, norms and tokens
 grad_clip = 3.0  # largest norm of the whole gradient (iBOT clips each tensor's own); 0 = no clipping
 
 # The run
@@ -77,7 +78,7 @@ out_dir = "out/tokenizer"
 resume = False  # True: continue from out_dir/checkpoint.pt if there is one
 seed = 0  # random seed
 device = "auto"  # cuda, mps or cpu
-dtype = "auto"  # of matrix products: bfloat16 or float32; auto = bfloat16 where it is faster
+dtype = "auto"  # matrix products in bfloat16 or float32; auto = bfloat16 where it is faster
 compile = "auto"  # torch.compile the blocks: True, False; auto = on CUDA, since a CPU gains little
 log_every = 50  # steps
 save_every = 1000  # steps between checkpoints
@@ -85,8 +86,9 @@ eval_every = 1000  # steps between validations, each with a picture
 val_images = 1000  # images in a validation; 0 = all
 stats_images = 50000  # training images to measure the latents' mean and std on
 
-FREE = {"out_dir", "resume", "device", "workers", "compile", "accumulate", "log_every", "save_every", "eval_every",
-        "val_images", "data_dir"}  # constants that a resumed run may change
+MAY_CHANGE = {  # with --resume=True; all other constants must be those that the run was begun with
+    "out_dir", "resume", "device", "workers", "compile", "accumulate", "log_every", "save_every", "eval_every",
+    "val_images", "data_dir"}
 
 
 def check_constants(dist):
@@ -123,7 +125,7 @@ class Views:
 
     def __init__(self, multi_crop):
         self.image_size, self.multi_crop = image_size, multi_crop  # kept: a worker that isn't forked has the defaults
-        self.short_side = max(image_size, multi_crop.short_side if multi_crop else 0)  # of a JPEG, pixels to decode
+        self.short_side = max(image_size, multi_crop.short_side if multi_crop else 0)  # pixels of a JPEG to decode
 
     def __call__(self, image, rng):
         """One image -> its views, {"images": uint8 (H, W, 3), "global_crops": uint8 (2, g, g, 3), …}."""
@@ -139,9 +141,9 @@ class Views:
 
 
 def main():
-    constants, dist, path, resumed = runtime.start(globals(), "tokenizer", FREE)  # resumed: the checkpoint, or None
+    constants, dist, path, resumed = runtime.start(globals(), "tokenizer", MAY_CHANGE)  # resumed: a checkpoint or None
     check_constants(dist)
-    compiled = dist.compiles(compile)
+    compiling = dist.should_compile(compile)
 
     # Images.
     train, val = data.open_splits(data_dir, image_size, shapes_images, batch_size, resumed)
@@ -157,9 +159,11 @@ def main():
         runtime.fail(error)
     perceptual = pretrained.training_lpips(dist, lpips_net) if lpips_weight else None
 
-    # Self-supervision. The student is the tokenizer's own encoder with a head; the teacher begins as a copy of both.
+    # Self-supervision. The student is no copy but the tokenizer's own encoder, with heads; JointTokenizer runs it. The
+    # teacher begins as a copy of both and follows them as a moving average.
+    self_supervised = ssl_method != "none"
     heads = multi_crop = None
-    if ssl_method != "none":
+    if self_supervised:
         method = ssl.METHODS[ssl_method]
         cls_head = IBOTHead(tcae.encoder.width, head_hidden, prototypes=prototypes)
         patch_head = IBOTHead(tcae.encoder.width, head_hidden, prototypes=prototypes) if method["untied"] else cls_head
@@ -170,19 +174,19 @@ def main():
         multi_crop = ssl.MultiCrop(global_crop_size, global_crop_scale, local_crop_size, local_crop_scale, local_crops,
                                    tcae.encoder.output_patch, method["masks"])
     model = JointTokenizer(tcae, heads)
-    tcae.encoder.mask_token.requires_grad_(heads is not None and method["masks"])  # DDP refuses unused parameters
+    tcae.encoder.mask_token.requires_grad_(self_supervised and method["masks"])  # DDP refuses unused parameters
     optimizers = optim.Optimizer(model, constants, dist,
                                  undecayed=lambda name, p: p.ndim <= 1 or name.endswith("_token"))
     dist.print(f"parameters: encoder {count_parameters(tcae.encoder, tcae.bottleneck):.1f} M, "
                f"decoder {count_parameters(tcae.decoder):.1f} M"
-               + (f", head {count_parameters(heads):.1f} M" if heads else ""))
+               + (f", head {count_parameters(heads):.1f} M" if self_supervised else ""))
 
     start = 0
     if resumed:
         start = resumed["step"]
         tcae.load_state_dict(resumed["tokenizer"])
         optimizers.load_state_dict(resumed["optimizer"])
-        if heads:
+        if self_supervised:
             heads.load_state_dict(resumed["heads"])
             teacher.load_state_dict(resumed["teacher"])
             ibot.centers = {name: center.to(dist.device) for name, center in resumed["centers"].items()}
@@ -195,10 +199,10 @@ def main():
                 "images": len(train), "bad_files": loader.reported,
                 "tokenizer": tcae.state_dict(), "optimizer": optimizers.state_dict(),
                 **({"heads": heads.state_dict(), "teacher": teacher.state_dict(), "centers": ibot.centers}
-                   if heads else {})})
+                   if self_supervised else {})})
 
-    if compiled:
-        compile_blocks(model, *([teacher] if heads else []))
+    if compiling:
+        compile_blocks(model, *([teacher] if self_supervised else []))
     wrapped = dist.distribute(model)
     runtime.make_folder(out_dir, dist)
     picture = os.path.join(out_dir, "reconstructions.png")
@@ -215,12 +219,12 @@ def main():
 
         step_terms = {}
         for micro_batch in range(accumulate):
-            # images (B, 3, H, W): the plain crops to reconstruct. With self-supervision also ssl.MultiCrop's crops and
-            # masks, collated by ssl.collate_crops: global_crops (2 B, 3, g, g), the first one of every image, then the
-            # second ones; their mask (2 B, h, h) on the encoder's output grid; masked_index and mask_weight (P,) of
-            # the P masked tokens; local_crops (L B, 3, l, l).
-            views = {name: data.to_float(x, dist.device) if x.dtype == torch.uint8 else
-                     x.to(dist.device, non_blocking=True) for name, x in next(loader).items()}
+            # What Views made of B images: "images" (B, 3, H, W), the plain crops to reconstruct, and for
+            # self-supervision "global_crops" (2 B, 3, g, g), "local_crops" (L B, 3, l, l) and their masks, which
+            # ssl.collate_crops describes.
+            views = {name: x.to(dist.device, non_blocking=True) for name, x in next(loader).items()}
+            for name in views.keys() & {"images", "global_crops", "local_crops"}:
+                views[name] = data.to_float(views[name], dist.device)
             images = views["images"]
             wrapped.require_backward_grad_sync = micro_batch == accumulate - 1  # DDP exchanges gradients once a step
 
@@ -240,7 +244,7 @@ def main():
             # Eq. 4: L_iBOT = L_[CLS] + L_MIM: the student predicts the teacher's distributions over the prototypes, of
             # [CLS] in each global crop from every other crop, and of the tokens where it is masked and the teacher is
             # not (L_MIM is 0 for DINO, which masks nothing). Gradients reach the encoder and the heads only.
-            if heads:
+            if self_supervised:
                 with torch.no_grad(), dist.autocast():
                     teacher_out = ssl_output(teacher["encoder"], teacher["heads"], views, student=False)
                 terms["cls"], entropies = ibot.cls_loss(student_out.cls_logits, teacher_out.cls_logits, temperature)
@@ -258,14 +262,14 @@ def main():
                 step_terms[name] = step_terms.get(name, 0) + term.detach() / accumulate
 
         # Freeze the prototypes at first, as DINO does: the teacher's outputs mean nothing yet.
-        if heads and step < freeze_prototypes_epochs * steps_per_epoch:
+        if self_supervised and step < freeze_prototypes_epochs * steps_per_epoch:
             for head in heads.values():
                 head.prototypes.grad = None
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf"))
         optimizers.step(lr)
 
         # Update the centres, and the teacher as a moving average of the student whose momentum rises to 1.
-        if heads:
+        if self_supervised:
             ibot.update_centers()
             momentum = optim.cosine(step, steps, teacher_momentum, 1.0)
             optim.update_ema(list(teacher.parameters()), list(student.parameters()), momentum)
@@ -284,11 +288,12 @@ def main():
         if stopping:
             break
         if validating:
-            with contextlib.suppress(runtime.Stopped):  # after SIGTERM the next step saves and ends the run
+            with contextlib.suppress(runtime.Stopped):  # a signal breaks it off; the next step saves and stops
                 progress.validated(data.validate(tcae, val, image_size, val_images, dist, picture))
     progress.bar.close()
 
-    # Later stages need latents of mean 0 and variance 1 in every channel: measure latent_mean and latent_std.
+    # Later stages need latents of mean 0 and variance 1 in every channel: measure latent_mean and latent_std. That
+    # takes minutes, so a signal may break it off, too.
     try:
         if stopping:
             raise runtime.Stopped
@@ -298,7 +303,7 @@ def main():
         save(steps, finished=True)
         dist.print(f"wrote {path} and {picture}: step {steps}, validation PSNR {psnr:.2f} dB")
     except runtime.Stopped:
-        dist.print(f"stopped: saved {path} at step {done}; --resume=True goes on from there")
+        dist.print(f"stopped: saved {path} at step {done}; --resume=True continues from there")
     dist.close()
 
 

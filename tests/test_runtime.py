@@ -33,7 +33,7 @@ rate = 1e-3  # per step
 name = "S"  # S or B
 pair = (0.9, 0.95)  # two shares
 on = False  # True: whatever
-FREE = {"size"}
+MAY_CHANGE = {"size"}
 '''
 
 
@@ -99,7 +99,7 @@ def test_values_as_a_person_types_them(configure, argument, name, value):
 
 @pytest.mark.parametrize("argument, words", [
     ("--sise=3", ["sise", "did you mean size"]), ("--si-ze=3", ["si-ze", "did you mean size"]),
-    ("--zzz=3", ["zzz", "--help"]), ("--FREE=1", ["FREE"]),
+    ("--zzz=3", ["zzz", "--help"]), ("--MAY_CHANGE=1", ["MAY_CHANGE"]),
     ("--size=big", ["size", "whole number", "256"]), ("--size=2.5", ["size", "whole number"]),
     ("--size=True", ["size", "whole number"]), ("--on=1", ["on", "True or False"]), ("--on=maybe", ["on", "maybe"]),
     ("--rate=fast", ["rate", "number"]), ("--rate=nan", ["rate"]), ("--rate=inf", ["rate"]), ("--rate=1e999", ["rate"]),
@@ -129,7 +129,7 @@ def test_a_wrong_line_in_a_config_file_is_named_with_the_file(configure, tmp_pat
 
 def test_help_prints_every_constant_with_its_comment():
     """The constants are the interface: each has a comment, and `--help` shows it, of the real script."""
-    source = (ROOT / "train_tokenizer.py").read_text().split("\nFREE")[0]
+    source = (ROOT / "train_tokenizer.py").read_text().split("\nMAY_CHANGE")[0]
     constants = re.findall(r"^([a-z]\w*) = (.+?)(?:  # (.+))?$", source, re.MULTILINE)
     assert len(constants) > 30 and "patch_size" in [name for name, *_ in constants]
     help = run_script("train_tokenizer.py", "--help").stdout
@@ -144,7 +144,7 @@ def test_help_prints_every_constant_with_its_comment():
 def test_the_config_files_fit_the_script(config):
     """A constant that is renamed must be renamed there, too."""
     script = {"__file__": str(ROOT / "train_tokenizer.py")}
-    exec((ROOT / "train_tokenizer.py").read_text().split("\nFREE")[0], script)
+    exec((ROOT / "train_tokenizer.py").read_text().split("\nMAY_CHANGE")[0], script)
     before = dict(script)
     constants = runtime.configure(script, [str(ROOT / "config" / config)])
     assert any(constants[name] != before[name] for name in constants)
@@ -220,7 +220,7 @@ def test_when_blocks_are_compiled(monkeypatch):
     """By default on CUDA, and on a CPU where it pays and works; by True wherever it works, and where it does not, that
     is one line."""
     def compiles(wanted, device="cpu", pays=False):
-        return runtime.Distributed.compiles(SimpleNamespace(device=torch.device(device)), wanted, pays)
+        return runtime.Distributed.should_compile(SimpleNamespace(device=torch.device(device)), wanted, pays)
 
     def broken(call):
         raise RuntimeError("No working C++ compiler found\nTraceback and so on")
