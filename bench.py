@@ -30,7 +30,7 @@ import train_tokenizer as stage1
 from model import LightningDiT, TCAE, cfg_velocity, compile_blocks, sample_flow
 from runs.baselines import dc_ae, torchvision_views
 
-only = "steps,tokens,data,run"  # which tables: these, or rival
+only = "steps,tokens,data,run"  # tables to make; there is also rival
 sizes = "auto"  # "shapes" or "paper"; auto = paper on CUDA, else shapes
 data_dir = "shapes"  # what the scripts run on; or a folder, as in train_tokenizer.py
 batch_size = 0  # images per step; 0 = the configuration's, for the paper's sizes an eighth of it (one GPU of eight)
@@ -118,7 +118,8 @@ def steps_table(dist, plain):
 
     yield "step", "images", "ms", "images/s", "plain float32, ms", "× faster"  # a table's first row is its header
     images = {script: constants_of(script, arguments_of(script))["batch_size"] for script in SHAPES}
-    pairs = zip(measures(dist, dist.should_compile(compile)), measures(plain, False, "--dtype=float32", "--compile=False"))
+    pairs = zip(measures(dist, dist.should_compile(compile)),
+                measures(plain, False, "--dtype=float32", "--compile=False"))
     for name, pair in zip([*SHAPES, "encode", "decode", "guided sampling"], pairs):
         (ours, theirs), n = medians(*pair), images.get(name, images[DIT])
         yield name, n, f"{ours * 1e3:.1f}", f"{n / ours:.0f}", f"{theirs * 1e3:.1f}", f"{theirs / ours:.2f}"

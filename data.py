@@ -45,7 +45,7 @@ def open_split(data_dir, split, image_size, shapes_images):
 
 
 def open_splits(data_dir, image_size, shapes_images, batch_size=1, resumed=None):
-    """The training and the validation images. They must have the same classes and fill a batch, and a run that goes on
+    """The training and the validation images. They must have the same classes and fill a batch, and a run that resumes
     from the checkpoint `resumed` must find as many as it began with."""
     train, val = (open_split(data_dir, split, image_size, shapes_images) for split in ("train", "val"))
     check(train.classes == val.classes or [""] not in (train.classes, val.classes),
@@ -141,7 +141,7 @@ class TrainLoader:
     epoch, image) the rng, so the training data depends neither on processes or workers nor on a restart. An image that
     can't be used is replaced by another.
     short_side: pixels that a JPEG's short side must keep, see ImageFolder.load; 0 = all. resumed: the checkpoint that
-    the run resumes from, whose "bad_files" count if they still are.
+    the run resumes from; its "bad_files" still count, unless they were mended.
     """
 
     def __init__(self, source, transform, batch_size, start, steps, seed, dist, collate=default_collate, short_side=0,

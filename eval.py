@@ -5,11 +5,11 @@
     torchrun --nproc_per_node=8 eval.py --samples=out/samples/samples.npz --reference=VIRTUAL_imagenet256_labeled.npz
     python eval.py --samples=their_reconstructions/ --reference=originals/ --paired=True     # another tokenizer's
 
-Reconstruction: rFID, PSNR, SSIM, LPIPS. Generation: gFID, IS, and with a `feature_net` of the generator's classes, in
-their order, the share of samples that it gives the class they were drawn for, "recognised", of all and of the worst
-class. Linear probes (Table 1): the accuracy R_tok of a linear classifier on average-pooled tokens, R_lat of one on
-average-pooled latents, and the structure loss, 1 - R_lat / R_tok; also a probe on [CLS] and pooled tokens together, as
-in DINOv2's evaluation. Sharpness: how large the reconstructions' gradients are, relative to the originals'.
+Reconstruction: rFID, PSNR, SSIM, LPIPS, sharpness. Generation: gFID, IS, and with a `feature_net` of the generator's
+classes, in their order, the share of samples that it gives the class they were drawn for, "recognised", of all and of
+the worst class. Linear probes (Table 1): the accuracy R_tok of a linear classifier on average-pooled tokens, R_lat of
+one on average-pooled latents, and the structure loss, 1 - R_lat / R_tok; also a probe on [CLS] and pooled tokens
+together, as in DINOv2's evaluation.
 Prints a table and writes it to eval.json, beside the checkpoint or the samples.
 """
 import json
@@ -49,7 +49,7 @@ probe_steps = 200  # L-BFGS steps of the probes' multinomial logistic regression
 probe_decay = 1e-4  # its L2 penalty
 batch_size = 64  # images at a time, per process
 workers = 4  # loading processes per process; 0 = load in the process itself
-out = ""  # file for the results; "" = eval.json beside the checkpoint or the samples (with a file.py, give one)
+out = ""  # file for the results; "" = eval.json beside the checkpoint or the samples; a must for a file.py
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # the tokenizer's matrix products; the metrics themselves are always in float32 or float64
 
@@ -91,7 +91,7 @@ def evaluate_tokenizer(dist):
 
 @torch.no_grad()
 def evaluate_samples(dist):
-    """FID and IS of samples against a reference -> what was measured, {metric: value}."""
+    """FID, IS and "recognised" of samples against a reference -> what was measured, {metric: value}."""
     images = open_images(samples, "samples")
     size = side_of(images)
     check(len(images) >= FeatureSums.SPLITS,
@@ -275,7 +275,7 @@ class PairMetrics:
             features.add(pixels, indices)
 
     def results(self, dist):
-        """-> (how many pairs, {metric: value}). Sharpness is below 1 for blurred reconstructions."""
+        """-> (how many pairs, {metric: value}). Sharpness, a ratio of gradients, is below 1 for blurred images."""
         psnr, similarity, before, after, lpips, count = dist.sum(self.sums).tolist()
         for features in self.features:
             features.reduce(dist)

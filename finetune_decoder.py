@@ -161,7 +161,7 @@ def check_constants(dist):
 def main():
     constants, dist, path, resumed = runtime.start(globals(), "tokenizer", MAY_CHANGE)  # resumed: a checkpoint or None
     check_constants(dist)
-    compiling = dist.should_compile(compile)
+    compiling = dist.should_compile(compile)  # asked first: compile=True may not work here
 
     # The images of joint training, unless data_dir names others.
     given = resumed or runtime.load_checkpoint(init_from, "init_from", kind="tokenizer")
@@ -203,15 +203,6 @@ def main():
             discriminator_optimizer.load_state_dict(resumed["discriminator_optimizer"])
         dist.print(f"resumed from {path} at step {start}")
 
-    def save(step, finished=False):
-        if dist.first:
-            runtime.save_checkpoint(path, {
-                **runtime.header("tokenizer", {**joint, **constants, "data_dir": where}, dist), "step": step,
-                "finished": finished, "images": len(train), "bad_files": loader.reported, "tokenizer": averaged.state_dict(),
-                "decoder": decoder.state_dict(), "optimizer": optimizer.state_dict(),
-                **({"discriminator": discriminator.heads.state_dict(),
-                    "discriminator_optimizer": discriminator_optimizer.state_dict()} if discriminator else {})})
-
     if compiling:
         compile_blocks(tcae, *([discriminator] if discriminator else []))
     wrapped_decoder = dist.distribute(decoder)
@@ -223,7 +214,17 @@ def main():
                               resumed=resumed)
     progress = runtime.Progress(out_dir, start, steps, batch_size, dist)
 
-    done, stopping = start, False
+    def save(step, finished=False):
+        if dist.first:
+            runtime.save_checkpoint(path, {
+                **runtime.header("tokenizer", {**joint, **constants, "data_dir": where}, dist), "step": step,
+                "finished": finished, "images": len(train), "bad_files": loader.reported,
+                "tokenizer": averaged.state_dict(), "decoder": decoder.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                **({"discriminator": discriminator.heads.state_dict(),
+                    "discriminator_optimizer": discriminator_optimizer.state_dict()} if discriminator else {})})
+
+    done, stopping = start, False  # a resumed run may have no steps left, only what comes after the loop
     for step in range(start, steps):
         torch.manual_seed(hash((seed, step, dist.rank)) % 2**63)  # for the augmentation, the same after a restart
         lr = optim.cosine(step, steps, learning_rate, min_learning_rate, warmup_steps)
@@ -310,7 +311,7 @@ def main():
 
     try:
         if stopping:
-            raise runtime.Stopped
+            raise runtime.Stopped  # as if the signal had come below
         psnr = data.validate(averaged, val, image_size, val_images, dist, picture)
         progress.write(val_psnr=psnr)
         save(steps, finished=True)

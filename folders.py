@@ -48,8 +48,9 @@ class ImageFolder:
             self.labels += [label] * len(found)
             others += [Path(path).suffix.lower() or "others" for path in set(files) - set(found)]
         if self.classes != [""]:  # images beside the class folders are of no class
-            others += [suffix for entry in os.scandir(root) if entry.is_file() and not entry.name.startswith(HIDDEN)
-                       and (suffix := Path(entry.name).suffix.lower()) in EXTENSIONS]
+            suffixes = [Path(entry.name).suffix.lower() for entry in os.scandir(root)
+                        if entry.is_file() and not entry.name.startswith(HIDDEN)]
+            others += [f"{suffix} beside the class folders" for suffix in suffixes if suffix in EXTENSIONS]
         elif by_class:
             self.classes, self.labels = flat_classes(root, self.paths)
         if others and os.environ.get("RANK", "0") == "0":

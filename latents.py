@@ -24,8 +24,8 @@ from runtime import check
 
 def open_tokenizer(path, dist, dit_checkpoint=None):
     """The tokenizer at `path`, frozen: stage 1's checkpoint, or a Python file whose function `tokenizer()` returns a
-    module as OtherTokenizer takes it. (The file is run.) dit_checkpoint: what train_dit.py saved; the tokenizer must
-    have the latents that this generator was trained on.
+    module as OtherTokenizer takes it. (The file is run.) dit_checkpoint: train_dit.py's; the tokenizer must have the
+    latents that this generator was trained on.
 
     -> a module on dist.device with
     encode(images) -> z, decode(z) -> images    as TCAE's, z normalised by latent_mean and latent_std, (c, 1, 1)
@@ -41,7 +41,8 @@ def open_tokenizer(path, dist, dit_checkpoint=None):
             dist.wait()
         tokenizer, latents_of = OtherTokenizer(network), runtime.fingerprint(network.state_dict())
         settings = {"data_dir": "imagenet", "shapes_images": 20000}
-        settings |= {name: getattr(network, name) for name in (*settings, *OtherTokenizer.SIZES) if hasattr(network, name)}
+        known = (name for name in (*settings, *OtherTokenizer.SIZES) if hasattr(network, name))
+        settings |= {name: getattr(network, name) for name in known}
     else:
         saved = runtime.load_checkpoint(path, "tokenizer", kind="tokenizer")
         tokenizer, settings = TCAE.from_checkpoint(saved), saved["constants"]
@@ -69,8 +70,8 @@ def run_file(path):
     except (ImportError, OSError) as error:  # a package that isn't installed, weights that can't be downloaded
         runtime.fail(f"tokenizer={path}: {str(error).strip().splitlines()[0]}", everywhere=False)
     missing = [name for name in OtherTokenizer.NEEDED if not hasattr(network, name)]
-    check(isinstance(network, nn.Module) and not missing, f"tokenizer={path}: tokenizer() must return a torch.nn.Module "
-          f"with {', '.join(missing or OtherTokenizer.NEEDED)}")
+    check(isinstance(network, nn.Module) and not missing, f"tokenizer={path}: tokenizer() must return a "
+          f"torch.nn.Module with {', '.join(missing or OtherTokenizer.NEEDED)}")
     return network
 
 
@@ -83,7 +84,7 @@ class OtherTokenizer(nn.Module):
     data_dir, shapes_images                    optional, as in train_tokenizer.py
 
     latent_mean and latent_std are 0 and 1 until they are measured; latent_shape is set by open_tokenizer. A cache knows
-    it by its weights: after a change of the file's code, --rebuild_cache=True.
+    it by its weights alone: after a change of the file's code, give --rebuild_cache=True.
     """
 
     SIZES = "image_size", "downsample", "latent_channels"
@@ -125,7 +126,7 @@ def measure_latents(tcae, source, image_size, images, workers, dist):
 
 
 def measure_once(path, tcae, source, rebuild, workers, dist):
-    """measure_latents for somebody else's tokenizer, whose mean and std then stay in the file `path`."""
+    """Measures somebody else's latents, unless the file `path` has their mean and std already."""
     store = open_store(path, tcae, source, rebuild, 1, (2, *tcae.latent_mean.shape), np.float32, dist)
     if len(store.to_do(dist)):
         measure_latents(tcae, source, tcae.image_size, 50000, workers, dist)
@@ -238,7 +239,7 @@ def open_store(path, tcae, source, rebuild, count, shape, dtype, dist):
              "files": source.fingerprint()}
     lock = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.lock"), f"cache: {path}"
     if rebuild or not os.path.exists(path):
-        check(os.access(os.path.dirname(path) or ".", os.W_OK), f"cache: {path} can't be written there")
+        check(os.access(os.path.dirname(path) or ".", os.W_OK), f"cache: {path} can't be made, its folder is read-only")
         dist.lock(*lock)
     if rebuild and dist.first and os.path.exists(path):
         os.remove(path)
@@ -249,6 +250,7 @@ def open_store(path, tcae, source, rebuild, count, shape, dtype, dist):
     store = Store(path, about, count, shape, dtype, dist)
     if (store.state == 0).any() and store.items.flags.writeable:
         dist.lock(*lock)  # a complete one can be shared
+    check(store.items.flags.writeable or store.state.all(), f"cache: {path} is incomplete, and can't be written")
     return store
 
 
@@ -256,9 +258,7 @@ def fill_cache(path, tcae, source, rebuild, workers, dist):
     """The cache at `path`, completed: each process encodes its share of what it lacks."""
     store = open_store(path, tcae, source, rebuild, len(source), (2, *tcae.latent_shape), np.float16, dist)
     todo = store.to_do(dist)
-    writeable = store.items.flags.writeable
-    check(writeable or store.state.all(), f"cache: {path} is incomplete, and can't be written")
-    if not (writeable and len(todo)):
+    if not (len(todo) and store.items.flags.writeable):
         return store
     batch = max(1, data.eval_batch(tcae.image_size) // 2)  # with the mirror images twice as many
     for pixels, indices in data.eval_loader(source, tcae.image_size, batch, dist, workers, indices=todo,

@@ -157,9 +157,10 @@ def regrid(x, factor):
 def position_embedding(grid, reference, dim, device):
     """Fixed 2-D sine-cosine position embedding of a grid (h, w) -> (h w, dim), amplitude 1.
 
-    Coordinates span the same `reference` × `reference` square whatever the grid, aligned at patch centres. So the 12 × 12
-    patches of a local crop cover what an image's 32 × 32 cover, only more sparsely: a crop is an image of its own, as in
-    iBOT, which interpolates a learned embedding. And coarse tokens lie in the middle of the fine ones that they merge.
+    Every grid is stretched over the same `reference` × `reference` square, aligned at patch centres. So the 12 × 12
+    patches of a local crop span what an image's 32 × 32 span, more sparsely: a crop is an image of its own (as in iBOT,
+    which interpolates a learned embedding). And each of the decoder's coarse tokens lies in the middle of the 2 × 2
+    patches that it stands for.
     """
     def encode(count):
         position = (torch.arange(count, dtype=torch.float64) + 0.5) * reference / count - 0.5
@@ -248,9 +249,9 @@ class Bottleneck(nn.Module):
     """Image tokens (B, h w, D) -> latent (B, c, H / f, W / f), Eq. 2: pixel unshuffle puts the factor² tokens of each
     latent position side by side, and an MLP mixes their channels down to c (Sec. 4.1).
 
-    factor = f / output_patch. By default 32 / 16 = 2: 16 × 16 tokens become 8 × 8 positions, and f_tok→lat = 16 in Eq. 3
-    is the compression layer's 4 times the bottleneck's factor² = 4. Where tokens are fewer than positions (p = 64), it
-    is below 1, and each token spreads over 1 / factor² of them.
+    factor = f / output_patch. By default 32 / 16 = 2: 16 × 16 tokens become 8 × 8 positions, and Eq. 3's f_tok→lat = 16
+    is the compression layer's 4 times the bottleneck's factor² = 4. Where there are fewer tokens than positions
+    (p = 64), factor is below 1, and each token spreads over 1 / factor² of them.
 
     The latent is deterministic: no KL term, no noise, no quantisation. Nothing fixes its scale in training, so it is
     normalised afterwards (TCAE).
@@ -309,7 +310,7 @@ class Decoder(nn.Module):
             x = self.expand(to_map(x, grid))  # (B, D, 2 h, 2 w)
             grid = x.shape[2:]
             x = to_tokens(x).contiguous()  # (B, 4 h w, D); a strided view would be slow in every block
-            x = x.float()  # as the residual stream was before autocast ran the convolutions in bfloat16
+            x = x.float()  # the residual stream is float32; autocast ran the expansion in bfloat16
         x = self.head(self.norm(self.fine_blocks(x)))  # (B, N, 3 p²)
         return F.pixel_shuffle(to_map(x, grid), self.patch_size).float()
 
@@ -395,8 +396,7 @@ def check_sizes(image_size, patch_size, downsample, encoder, decoder, stc_depth,
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Joint self-supervision (Sec. 3.4): a student predicts what the teacher, its moving average, makes of other crops of an
-# image, and of the tokens that are masked in its own. Read the beginning of ssl.py first, which has losses and masks
+# Joint self-supervision (Sec. 3.4). Read ssl.py's docstring first, iBOT in a paragraph; losses and masks are there
 
 
 class IBOTHead(nn.Module):
@@ -424,11 +424,9 @@ class SSLOutput(NamedTuple):
 
 
 def ssl_output(encoder, heads, views, student):
-    """What the SSL losses take from one network. views: crops and masks, as ssl.collate_crops makes them.
-
-    student=True: the global crops are masked, and the local crops come after them. student=False, for the teacher: the
-    global crops whole, and no others. heads: {"cls": IBOTHead, "patch": the same one, or DINOv2's}.
-    """
+    """One network's SSLOutput. views: crops and masks, from ssl.collate_crops. The student (True) sees the global crops
+    masked, then the local crops; the teacher (False) sees the global crops whole, and nothing else. heads: {"cls":
+    IBOTHead, "patch": the same one, or DINOv2's}."""
     cls, tokens = encoder(views["global_crops"], views["mask"] if student else None)  # (2 B, D), (2 B, h², D)
     masked = tokens.flatten(0, 1)[views["masked_index"]]  # (P, D); K logits of every token would fill the memory
     cls_logits, patch_logits = heads["cls"](cls), heads["patch"](masked)

@@ -20,8 +20,8 @@ class Optimizer:
     Tokens, norms and biases are not matrices. The time MLP and adaLN's modulations see only the
     condition; their gradient has few directions, and Muon would amplify the noise in all others to the same size.
 
-    constants: a script's optimizer, learning_rate, betas, weight_decay and muon_rate are used. undecayed(name,
-    parameter): True for parameters without weight decay.
+    constants: a script's, of which optimizer, learning_rate, betas, weight_decay and muon_rate are used.
+    undecayed(name, parameter): True for parameters without weight decay.
     """
 
     def __init__(self, model, constants, dist, undecayed=lambda name, parameter: False):

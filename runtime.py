@@ -47,7 +47,7 @@ class Distributed:
 
     rank and count; first: rank 0, which writes the files. device: CUDA, MPS or CPU. dtype, for autocast: torch.bfloat16
     where that is faster, else torch.float32. stop: True once this process got one of SIGNALS; saves=False: they end it.
-    step: where this process's checkpoint goes on, which must be the same for all.
+    step: where this process resumes, which must be the same for all.
     """
 
     def __init__(self, device="auto", dtype="auto", seed=0, saves=True, step=0):

@@ -22,7 +22,7 @@ checkpoint = "out/dit/checkpoint.pt"  # stage 2's, or averaged weights that it k
 tokenizer = ""  # another one of the same latents, with a finetuned decoder; "" = the one that stage 2 used
 use_ema = True  # False: the last step's weights instead of their average
 
-classes = ""  # their numbers, such as 0,5,7; "" = the first ten for the picture, all for an .npz
+classes = ""  # class numbers, such as 0,5,7; "" = the first ten for the picture, all for an .npz
 per_class = 8  # samples of each class in the picture
 num_samples = 0  # above 0: write this many samples to an .npz instead, as many of each class
 
@@ -30,7 +30,7 @@ steps = 50  # solver steps from noise to data
 method = "euler"  # or "heun": second order, at twice the cost per step
 cfg_scale = 1.0  # classifier-free guidance; 1 = none
 cfg_interval = (0.0, 1.0)  # guidance acts at these (shifted) times t; 0 = data, 1 = noise
-seed = 0  # noise seed
+seed = 0  # random seed of the noise
 
 out_dir = "out/samples"
 batch_size = 64  # samples at a time, per process

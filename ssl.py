@@ -11,9 +11,9 @@ and the teacher's tokens where its own are masked, L_MIM. So tokens learn to say
     random_resized_crop, augment, …    pixel arithmetic
 
 Nothing here has parameters; the heads are in model.py. This file is also Python's own `ssl`, whose name it takes: the
-last section, which is not about the method, makes it so. (np, torch, data, Image and ImageFilter are imported there.)
+last section, which is not about the method, makes it so.
 """
-import math
+import math  # np, torch, data, Image, ImageFilter: at the end of the file
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loss (Eq. 4)
@@ -183,8 +183,8 @@ def collate_crops(views):
     views = {name: batch.transpose(0, 1).flatten(0, 1) for name, batch in views.items()}
     tokens = views["mask"].flatten(1)  # (2 B, h h)
     counts = tokens.sum(1)
-    weights = 1 / (counts * len(counts)).clamp(min=1)  # (2 B,), of a masked token in each crop
-    views["masked_index"] = tokens.flatten().nonzero()[:, 0]  # crop by crop, so each crop's weight comes counts times
+    weights = 1 / (counts * len(counts)).clamp(min=1)  # (2 B,): of each masked token in a crop
+    views["masked_index"] = tokens.flatten().nonzero()[:, 0]  # crop by crop, so weight k comes counts[k] times
     views["mask_weight"] = weights.repeat_interleave(counts)
     return views
 
@@ -275,9 +275,9 @@ def augment(pixels, rng, blur, solarize, blur_scale):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Not about the method: this file is also Python's TLS module. It hides that module from everybody who imports ssl in
-# this folder, urllib and pip among them. So it runs the module's code in its own namespace, and imports the method's
-# packages only when they are used: an `import ssl` must work where they are not installed.
+# Not about the method: in this folder `import ssl` finds this file instead of Python's TLS module, for urllib and pip,
+# too. So it also runs that module's code, in its own namespace, and imports the method's packages only at their first
+# use: `import ssl` must work where they are not installed.
 import importlib
 import sysconfig
 from importlib.machinery import PathFinder

@@ -46,7 +46,7 @@ muon_rate = 3.0  # Muon's learning rate, times learning_rate
 betas = (0.9, 0.95)  # AdamW
 weight_decay = 0.0  # on all weights
 grad_clip = 1.0  # largest norm of the gradient; 0 = no clipping
-ema_momentum = 0.9995  # EMA of the weights, which sample.py uses
+ema_momentum = 0.9995  # of the weights' moving average, which sample.py uses
 
 # The run
 out_dir = "out/dit"
@@ -113,12 +113,12 @@ def draw_samples(ema, tcae, shape, class_names, path, dist):
 def main():
     constants, dist, path, resumed = runtime.start(globals(), "dit", MAY_CHANGE)  # resumed: a checkpoint or None
     check_constants(dist)
-    dist.should_compile(compile)  # if compile=True doesn't work here, fail now, not after an hour of encoding
+    dist.should_compile(compile)  # only to fail now, not after an hour of encoding, if compile=True doesn't work here
     runtime.make_folder(out_dir, dist)
 
     # The tokenizer, frozen
     tcae = open_tokenizer(tokenizer, dist, dit_checkpoint=resumed)
-    channels, side, _ = shape = tcae.latent_shape
+    shape = channels, side, _ = tcae.latent_shape
 
     # The data: latents from the cache, or pixels to encode in every step
     source = data.open_split(data_dir or tcae.data_dir, "train", tcae.image_size, tcae.shapes_images)
@@ -128,14 +128,15 @@ def main():
     check(warmup_steps <= steps, f"warmup_steps={warmup_steps} is more than all {steps} steps")
     check(not resumed or (resumed["images"], resumed["classes"]) == (len(source), source.classes),
           f"data_dir has {len(source)} training images of {len(source.classes)} classes, others than {path} began with")
-    store, cache_path = None, cache or os.path.join(out_dir, "latents.cache")
+    cache_path = cache or os.path.join(out_dir, "latents.cache")
+    store = None  # without a cache
     try:
         if isinstance(tcae, OtherTokenizer):
             measure_once(f"{cache_path}.statistics", tcae, source, rebuild_cache, workers, dist)
         if cache_latents:
             store = fill_cache(cache_path, tcae, source, rebuild_cache, workers, dist)
     except runtime.Stopped:
-        dist.print(f"stopped: {cache_path} keeps what is encoded; the next run continues from there")
+        dist.print(f"stopped: what is encoded stays in {cache_path}; the next run continues from there")
         return dist.close()
     pairs = Pairs(source, tcae.image_size, store)
 
@@ -143,19 +144,20 @@ def main():
     torch.manual_seed(seed)  # again: encoding may have used random numbers
     model = LightningDiT(size, channels, side, len(source.classes)).to(dist.device)
     ema = copy.deepcopy(model).requires_grad_(False)
+    trained, averaged = list(model.parameters()), list(ema.parameters())
+    parameters = sum(p.numel() for p in trained)
     optimizers = optim.Optimizer(model, constants, dist)
-    dist.print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {len(source)} images of "
-               f"{len(source.classes)} classes as latents {' × '.join(map(str, shape))}; {steps} steps of {batch_size}")
+    dist.print(f"{parameters / 1e6:.1f} M parameters, {len(source)} images of {len(source.classes)} classes as latents "
+               f"{' × '.join(map(str, shape))}; {steps} steps of {batch_size}")
     start = resumed["step"] if resumed else 0
     if resumed:
         model.load_state_dict(resumed["model"])
         ema.load_state_dict(resumed["ema"])
         optimizers.load_state_dict(resumed["optimizer"])
         dist.print(f"resumed from {path} at step {start}")
-    trained, averaged = list(model.parameters()), list(ema.parameters())
     # On a CPU, compiling takes 10 to 40 s and saves a quarter of every step, so it pays in a run of minutes, which
     # 2e13 operations take. Constants alone decide, so that a resumed run decides alike.
-    operations = 6 * sum(p.numel() for p in trained) * side**2 * batch_size * steps  # 6 for each weight and token
+    operations = 6 * parameters * side**2 * batch_size * steps  # 6 for each weight and token
     if dist.should_compile(compile, pays=operations > 2e13):
         compile_blocks(model, ema)
     wrapped = dist.distribute(model)
@@ -165,11 +167,16 @@ def main():
     progress = runtime.Progress(out_dir, start, steps, batch_size, dist)
     picture = os.path.join(out_dir, "samples.png")
 
+    def to_sample(step):  # what sample.py needs
+        return {**runtime.header("dit", constants, dist), "step": step, "finished": step == steps,
+                "images": len(source), "classes": source.classes, "latents_of": tcae.latents_of, "latent_shape": shape,
+                "latent_mean": tcae.latent_mean, "latent_std": tcae.latent_std, "ema": ema.state_dict()}
+
     for step in range(start, steps):
         lr = learning_rate
-        if step > decay_step:  # constant, then linear decay
+        if step > decay_step:  # falls linearly
             lr += (min_learning_rate - learning_rate) * (step - decay_step) / (steps - decay_step)
-        if step < warmup_steps:
+        if step < warmup_steps:  # rises linearly
             lr *= (step + 1) / warmup_steps
 
         total = 0
@@ -179,7 +186,7 @@ def main():
             z = (x if store else encode(tcae, x, dist)).float()  # (B, c, h, w)
 
             # Flow matching (Sec. 4.1): at z_t = (1 - t) z + t noise the model predicts the velocity noise - z, by mean
-            # squared error. t is logit-normal, from Example; the larger the latent, the further it is shifted to noise.
+            # squared error. t is logit-normal, from Example; the larger the latent, the further it is shifted to 1.
             wrapped.require_backward_grad_sync = micro_batch == accumulate - 1  # DDP exchanges gradients once a step
             with dist.autocast():
                 loss = flow_matching_loss(wrapped, z, labels, noise, shift_time(t, shape, shift_base))
@@ -195,22 +202,17 @@ def main():
         # Log, save, draw samples: nothing else in the loop waits for the device. A NaN ends the run before it is saved.
         done, stopping = step + 1, dist.stop_requested()
         last = done == steps
-        drawing, saving = done % sample_every == 0 or last, done % save_every == 0 or stopping or last
-        keeping = keep_every and done % keep_every == 0
+        drawing = done % sample_every == 0 or last
+        saving = done % save_every == 0 or stopping or last
+        keeping = keep_every > 0 and done % keep_every == 0
         if done % log_every == 0 or saving or drawing or keeping:
             progress.report(lr, loader.waited())
             loader.report_bad_files()
-        if (saving or keeping) and dist.first:
-            to_sample = {
-                **runtime.header("dit", constants, dist), "step": done, "finished": last, "images": len(source),
-                "classes": source.classes, "latents_of": tcae.latents_of, "latent_shape": shape,
-                "latent_mean": tcae.latent_mean, "latent_std": tcae.latent_std, "ema": ema.state_dict()}
-            if keeping:
-                runtime.save_checkpoint(os.path.join(out_dir, f"step-{done}.pt"), to_sample)
-            if saving:
-                to_resume = {"model": model.state_dict(), "optimizer": optimizers.state_dict(),
-                             "bad_files": loader.reported}
-                runtime.save_checkpoint(path, {**to_sample, **to_resume})
+        if keeping and dist.first:
+            runtime.save_checkpoint(os.path.join(out_dir, f"step-{done}.pt"), to_sample(done))
+        if saving and dist.first:
+            runtime.save_checkpoint(path, {**to_sample(done), "model": model.state_dict(),
+                                           "optimizer": optimizers.state_dict(), "bad_files": loader.reported})
         if stopping and not last:
             progress.bar.close()
             dist.print(f"stopped: saved {path} at step {done}; --resume=True continues from there")

@@ -38,7 +38,7 @@ downsample = 32  # f: side of one latent position, pixels
 latent_channels = 128  # c (Table 10: 256, Table 11: 32)
 encoder = "S"  # S, B, L or width/depth/heads such as 128/4/4
 decoder = "S"  # the same (Fig. 8)
-stc_depth = 6  # M: blocks before the compression layer; 0 = no such layer (which Table 6 calls M = 12)
+stc_depth = 6  # M: blocks before the compression layer; 0 = no such layer (M = 12 in Table 6, whose M = 0 is p = 16)
 compression = "conv"  # or "shuffle" (Table 8)
 
 # Objective
@@ -70,7 +70,7 @@ warmup_epochs = 5.0  # epochs in which the rate rises from 0
 optimizer = "adamw"  # or "muon", for matrices in blocks and MLPs and for the compression (optim.py)
 muon_rate = 3.0  # Muon's learning rate, times learning_rate
 betas = (0.9, 0.95)  # AdamW
-weight_decay = 0.04  # on matrices only, not on biases, norms and tokens
+weight_decay = 0.04  # on matrices only, not on biases, norms or tokens
 grad_clip = 3.0  # largest norm of the whole gradient (iBOT clips each tensor's own); 0 = no clipping
 
 # The run
@@ -143,7 +143,7 @@ class Views:
 def main():
     constants, dist, path, resumed = runtime.start(globals(), "tokenizer", MAY_CHANGE)  # resumed: a checkpoint or None
     check_constants(dist)
-    compiling = dist.should_compile(compile)
+    compiling = dist.should_compile(compile)  # asked first: compile=True may not work here
 
     # Images.
     train, val = data.open_splits(data_dir, image_size, shapes_images, batch_size, resumed)
@@ -159,8 +159,8 @@ def main():
         runtime.fail(error)
     perceptual = pretrained.training_lpips(dist, lpips_net) if lpips_weight else None
 
-    # Self-supervision. The student is no copy but the tokenizer's own encoder, with heads; JointTokenizer runs it. The
-    # teacher begins as a copy of both and follows them as a moving average.
+    # Self-supervision. The student is the tokenizer's own encoder, not a copy, with heads; JointTokenizer runs it. The
+    # teacher, a copy of both, follows them as a moving average.
     self_supervised = ssl_method != "none"
     heads = multi_crop = None
     if self_supervised:
@@ -192,15 +192,6 @@ def main():
             ibot.centers = {name: center.to(dist.device) for name, center in resumed["centers"].items()}
         dist.print(f"resumed from {path} at step {start}")
 
-    def save(step, finished=False):
-        if dist.first:
-            runtime.save_checkpoint(path, {
-                **runtime.header("tokenizer", constants, dist), "step": step, "finished": finished,
-                "images": len(train), "bad_files": loader.reported,
-                "tokenizer": tcae.state_dict(), "optimizer": optimizers.state_dict(),
-                **({"heads": heads.state_dict(), "teacher": teacher.state_dict(), "centers": ibot.centers}
-                   if self_supervised else {})})
-
     if compiling:
         compile_blocks(model, *([teacher] if self_supervised else []))
     wrapped = dist.distribute(model)
@@ -212,19 +203,26 @@ def main():
                               resumed=resumed)
     progress = runtime.Progress(out_dir, start, steps, batch_size, dist)
 
-    done, stopping = start, False
+    def save(step, finished=False):
+        if dist.first:
+            runtime.save_checkpoint(path, {
+                **runtime.header("tokenizer", constants, dist), "step": step, "finished": finished,
+                "images": len(train), "bad_files": loader.reported,
+                "tokenizer": tcae.state_dict(), "optimizer": optimizers.state_dict(),
+                **({"heads": heads.state_dict(), "teacher": teacher.state_dict(), "centers": ibot.centers}
+                   if self_supervised else {})})
+
+    done, stopping = start, False  # a resumed run may have no steps left, only what comes after the loop
     for step in range(start, steps):
         lr = optim.cosine(step, steps, learning_rate, min_learning_rate, warmup_steps)
         temperature = ssl.teacher_temperature(step / steps_per_epoch, teacher_temp_warmup_epochs, *teacher_temp)
 
         step_terms = {}
         for micro_batch in range(accumulate):
-            # What Views made of B images: "images" (B, 3, H, W), the plain crops to reconstruct, and for
-            # self-supervision "global_crops" (2 B, 3, g, g), "local_crops" (L B, 3, l, l) and their masks, which
-            # ssl.collate_crops describes.
+            # What Views made of B images: "images" (B, 3, H, W) to reconstruct; for self-supervision "global_crops"
+            # (2 B, 3, g, g), "local_crops" (L B, 3, l, l) and the masks that ssl.collate_crops describes.
             views = {name: x.to(dist.device, non_blocking=True) for name, x in next(loader).items()}
-            for name in views.keys() & {"images", "global_crops", "local_crops"}:
-                views[name] = data.to_float(views[name], dist.device)
+            views |= {name: data.to_float(x, dist.device) for name, x in views.items() if x.dtype == torch.uint8}
             images = views["images"]
             wrapped.require_backward_grad_sync = micro_batch == accumulate - 1  # DDP exchanges gradients once a step
 
@@ -241,9 +239,9 @@ def main():
                 rec = rec + lpips_weight * terms["lpips"]
             loss = alpha * rec
 
-            # Eq. 4: L_iBOT = L_[CLS] + L_MIM: the student predicts the teacher's distributions over the prototypes, of
-            # [CLS] in each global crop from every other crop, and of the tokens where it is masked and the teacher is
-            # not (L_MIM is 0 for DINO, which masks nothing). Gradients reach the encoder and the heads only.
+            # Eq. 4: L_iBOT = L_[CLS] + L_MIM. From every crop the student predicts the teacher's distribution over the
+            # prototypes for [CLS] in each *other* global crop, and at its masked tokens that of the teacher, who sees
+            # them (L_MIM is 0 for DINO, which masks nothing). Gradients reach the encoder and the heads only.
             if self_supervised:
                 with torch.no_grad(), dist.autocast():
                     teacher_out = ssl_output(teacher["encoder"], teacher["heads"], views, student=False)
@@ -296,7 +294,7 @@ def main():
     # takes minutes, so a signal may break it off, too.
     try:
         if stopping:
-            raise runtime.Stopped
+            raise runtime.Stopped  # as if the signal had come below
         measure_latents(tcae, train, image_size, stats_images, workers, dist)
         psnr = data.validate(tcae, val, image_size, val_images, dist, picture)
         progress.write(val_psnr=psnr)

@@ -22,8 +22,8 @@ import runtime
 from runtime import check
 
 checkpoints = ""  # train_dit.py's, separated by commas
-names = ""  # row names, separated by commas; "" = the checkpoints' folders, or else their paths
-classes = ""  # their numbers, such as 0,5,7; "" = the first ten
+names = ""  # row names, separated by commas; "" = the checkpoints' folders, or their paths if two share one
+classes = ""  # class numbers, such as 0,5,7; "" = the first ten
 per_class = 1  # samples of each
 cfg_scale = 1.0  # as in sample.py, like the next ones
 steps = 50

@@ -155,8 +155,8 @@ def main():
     runtime.make_folder(Path(path).parent, constant="out")
     pixels, labels, classes = read("train")
     check(batch_size <= len(pixels), f"batch_size={batch_size} is more than the {len(pixels)} training images")
-    held_out, held_out_labels, known = read("val")
-    check(known == classes, f"data_dir={data_dir}: the training and the validation images must have the same classes")
+    held_out, held_out_labels, held_out_classes = read("val")
+    check(held_out_classes == classes, f"data_dir={data_dir}: training and validation images have different classes")
     torch.manual_seed(seed + (network == "vgg"))
     net = (ResNet if network == "resnet" else VGG)(len(classes), width).to(dist.device, memory_format=torch.channels_last)
     steps_per_epoch = len(pixels) // batch_size

@@ -30,9 +30,9 @@ from runtime import check
 from shapes import Shapes
 
 only = "flow,study"  # one or several of flow, study, reconstructions, colours, figure6
-results = "docs/study"  # runs/study.py's
+results = "docs/study"  # out_dir of runs/study.py
 study_dir = "out/study"  # with its tokenizers, for reconstructions and colours
-tables_dir = "out/tables-imagenet"  # runs/tables.py's, for figure6
+tables_dir = "out/tables-imagenet"  # out_dir of runs/tables.py, for figure6
 data_dir = "cifar10"  # for reconstructions and colours
 seed = 0  # the study's, for reconstructions and colours
 out_dir = "docs"

@@ -8,7 +8,7 @@
 
 A row is a tokenizer and a generator on its latents, named as in runs/tables.py; p = 16, 8, 4 are 4, 16, 64 tokens for 4
 latent positions. All rows of a seed share data, order, steps, generator and evaluation. Stopped and called again, it
-goes on where it was; a finished cell is never run again. Our results are in docs/study/.
+continues where it was; a finished cell is never run again. Our results are in docs/study/.
 """
 import json
 import os
@@ -80,11 +80,15 @@ def seams(samples, photographs, f):
     return float(drawn / real)
 
 
+def is_finished(row, seed):
+    return all(Path(out_dir, f"{row}-seed{seed}", f"{file}.json").exists() for file, _ in COLUMNS.values())
+
+
 def run_cell(row, seed):
     """Everything that a cell lacks, one command after the other."""
-    folder = Path(out_dir, f"{row}-seed{seed}")
-    if all((folder / f"{file}.json").exists() for file, _ in COLUMNS.values()):
+    if is_finished(row, seed):
         return
+    folder = Path(out_dir, f"{row}-seed{seed}")
     tokenizer, dit = folder / "tokenizer" / "checkpoint.pt", folder / "dit" / "checkpoint.pt"
 
     def run(script, *config, **constants):
@@ -177,12 +181,12 @@ def main():
         row, seed = cell.split(":")
         return run_cell(row, int(seed))
     if not print_only:
-        check(os.path.isfile(feature_net), f"feature_net={feature_net}: there is no such file. First python "
-              f"runs/features.py --data_dir={data_dir} --out={feature_net}")
         finished = [json.loads(path.read_text())["constants"] for path in Path(out_dir).glob("*/tokenizer.json")]
         common_dtype = finished[0]["dtype"] if finished and dtype == "auto" else dtype
         common_dtype = str(runtime.Distributed(dtype=common_dtype, saves=False).dtype).removeprefix("torch.")
-        waiting, running = [f"{row}:{seed}" for seed in seeds for row in chosen], []
+        waiting, running = [f"{row}:{seed}" for seed in seeds for row in chosen if not is_finished(row, seed)], []
+        check(not waiting or os.path.isfile(feature_net), f"feature_net={feature_net}: there is no such file. First run "
+              f"python runs/features.py --data_dir={data_dir} --out={feature_net}")
         failed = 0
         while waiting or running:
             while waiting and len(running) < jobs:

@@ -246,7 +246,7 @@ def test_what_a_folder_holds(folder, capsys):
     assert [path.removeprefix(f"{train}/") for path in source.paths] == [
         "cat/0.png", "cat/1.png", "cat/more/deep/a.png", "dog/0.png", "dog/1.png", "eel/deep/a.png"]
     printed = capsys.readouterr().out
-    assert printed == f"data_dir: left out of {train}: 1 .avif, 2 .bmp, 1 .png, 1 others\n"
+    assert printed == f"data_dir: left out of {train}: 1 .avif, 2 .bmp, 1 .png beside the class folders, 1 others\n"
     assert len(data.ImageFolder(train, by_class=False)) == 7
     (train / "cat").rename(train / unicodedata.normalize("NFC", "café"))
     (folder / "val" / "cat").rename(folder / "val" / unicodedata.normalize("NFD", "café"))

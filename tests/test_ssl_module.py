@@ -36,7 +36,7 @@ def test_import_ssl_finds_ours_and_it_is_also_python_s(tls_names):
 
 
 def test_our_names_overwrite_none_of_python_s(tls_names):
-    """One name for two things (say, a loss called `match_hostname`) would break whoever uses TLS, but rarely."""
+    """One name for two things (say, a loss called `match_hostname`) would break the method, or whoever uses TLS."""
     names = set()
     for node in ast.parse((ROOT / "ssl.py").read_text()).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):

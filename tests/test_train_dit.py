@@ -76,7 +76,8 @@ def test_what_is_trained_is_compiled(base, tmp_path, monkeypatch):
 def test_a_long_run_on_a_cpu_is_compiled_by_itself(base, tmp_path, monkeypatch):
     """The demo's is, and these tests' are not."""
     asked = []
-    monkeypatch.setattr(runtime.Distributed, "should_compile", lambda _, wanted, pays=False: asked.append((wanted, pays)))
+    monkeypatch.setattr(runtime.Distributed, "should_compile",
+                        lambda _, wanted, pays=False: asked.append((wanted, pays)))
     monkeypatch.setattr(data, "TrainLoader", lambda *_, **__: iter([]))  # an end before the first step
     for changes in {}, {"size": "192/6/6", "epochs": 400, "batch_size": 64}:
         with pytest.raises(StopIteration):

@@ -4,7 +4,8 @@
     python sample.py --checkpoint=out/pca/checkpoint.pt --cfg_scale=2.5
     python eval.py --tokenizer=runs/tokenizers/pca.py --out=out/pca/eval.json
 
-Fitted the first time, on training images; the mean and the components stay in a file in out/.
+Fitted the first time, on training images; the mean and the components stay in out/pca_DATA_SIZES.pt: remove it after
+other changes here.
 """
 import os
 from pathlib import Path
