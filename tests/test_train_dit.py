@@ -328,7 +328,7 @@ def test_an_encoding_that_is_stopped_goes_on_where_it_stopped(base, train, tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(TCAE, "encode", lambda *given: (signal.raise_signal(signal.SIGTERM), encode(*given))[1])
         train(cache=cache)
-    assert f"stopped: {cache}" in capsys.readouterr().out
+    assert f"stopped: what is encoded stays in {cache};" in capsys.readouterr().out
     assert (open_cache(cache)[0] == np.repeat([1, 0], [128, IMAGES - 128])).all()
     assert not (tmp_path / "checkpoint.pt").exists()
     encoded.clear()
