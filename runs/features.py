@@ -113,9 +113,8 @@ class Maps(nn.Module):
         return tuple(self.net.maps(images))
 
 
-def read(split):
-    """All images of a split, centre crops or their reconstructions: uint8 (N, 3, H, H), labels (N,), class names."""
-    source = data.open_split(data_dir, split, image_size, shapes_images)
+def read(source):
+    """All images of a source, centre crops or their reconstructions: uint8 (N, 3, H, H), and their labels (N,)."""
     pixels = np.stack([data.center_crop(source.load(i), image_size) for i in range(len(source))])
     pixels = torch.from_numpy(pixels)  # (N, H, H, 3)
     if tokenizer:
@@ -124,7 +123,7 @@ def read(split):
               f"image_size={image_size}, but tokenizer={tokenizer} is for {saved['constants']['image_size']} pixels")
         tcae = TCAE.from_checkpoint(saved)
         pixels = torch.cat([data.to_uint8(tcae(data.to_float(part, "cpu"))) for part in pixels.split(200)])
-    return pixels.movedim(-1, 1).contiguous(), torch.tensor(source.labels), source.classes
+    return pixels.movedim(-1, 1).contiguous(), torch.tensor(source.labels)
 
 
 def augment(pixels):
@@ -153,12 +152,11 @@ def main():
     check(not os.path.exists(path), f"out={path} is there already: remove it, or give another name")
     dist = runtime.Distributed(device, dtype, seed, saves=False)
     runtime.make_folder(Path(path).parent, constant="out")
-    pixels, labels, classes = read("train")
-    check(batch_size <= len(pixels), f"batch_size={batch_size} is more than the {len(pixels)} training images")
-    held_out, held_out_labels, held_out_classes = read("val")
-    check(held_out_classes == classes, f"data_dir={data_dir}: training and validation images have different classes")
+    train, val = data.open_splits(data_dir, image_size, shapes_images, batch_size)
+    (pixels, labels), (held_out, held_out_labels) = read(train), read(val)
     torch.manual_seed(seed + (network == "vgg"))
-    net = (ResNet if network == "resnet" else VGG)(len(classes), width).to(dist.device, memory_format=torch.channels_last)
+    net = (ResNet if network == "resnet" else VGG)(len(train.classes), width)
+    net = net.to(dist.device, memory_format=torch.channels_last)
     steps_per_epoch = len(pixels) // batch_size
     steps = epochs * steps_per_epoch
     sgd = torch.optim.SGD(net.parameters(), lr=learning_rate, momentum=0.9, nesterov=True, weight_decay=weight_decay)
