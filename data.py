@@ -146,6 +146,7 @@ class TrainLoader:
 
     def __init__(self, source, transform, batch_size, start, steps, seed, dist, collate=default_collate, short_side=0,
                  micro_batches=1, workers=0, resumed=None):
+        dist.check_same({source.constant: f"{len(source)} images, list {source.fingerprint()}"})
         order = training_order(len(source), batch_size, start, steps, seed, dist.rank, dist.count, micro_batches)
         self.batches = iter(data_loader(TrainBatches(source, transform, seed, collate, short_side), order, workers,
                                         pin_memory=dist.device.type == "cuda"))

@@ -225,6 +225,9 @@ class Pairs:
     def name(self, i):
         return self.source.name(i)
 
+    def fingerprint(self):
+        return self.source.fingerprint()
+
 
 def encode(tcae, pixels, dist):
     """uint8 (B, H, W, 3) -> z (B, c, h, w), normalised, rounded to float16."""

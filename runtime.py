@@ -47,10 +47,10 @@ class Distributed:
 
     rank and count; first: rank 0, which writes the files. device: CUDA, MPS or CPU. dtype, for autocast: torch.bfloat16
     where that is faster, else torch.float32. stop: True once this process got one of SIGNALS; saves=False: they end it.
-    step: where this process resumes, which must be the same for all.
+    same: {name: value} that must be the same for all.
     """
 
-    def __init__(self, device="auto", dtype="auto", seed=0, saves=True, step=0):
+    def __init__(self, device="auto", dtype="auto", seed=0, saves=True, same={}):
         self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.first = self.rank == 0
         self.device = self.pick_device(device)
@@ -58,7 +58,7 @@ class Distributed:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             torch.distributed.init_process_group(backend)
             sys.excepthook = first_traceback
-            self.check_same("out_dir", f"step {step}")
+            self.check_same(same)
         check(seed < 2**63, f"seed={seed} must be below 2^63")
         torch.manual_seed(seed)
         torch.set_float32_matmul_precision("high")  # TF32 for matrix products that stay in float32
@@ -143,11 +143,13 @@ class Distributed:
         torch.distributed.all_gather_object(lists, items)
         return [item for each in lists for item in each]
 
-    def check_same(self, constant, beginning):
-        """Ends the run if processes would begin at different points, since nodes see different files."""
-        nodes = dict(self.gather([(beginning, os.uname().nodename)]))
-        check(len(nodes) == 1, f"{constant} is not the same for all processes: "
-              + ", ".join(f"{node} begins at {where}" for where, node in nodes.items()))
+    def check_same(self, values):
+        """Ends the run if processes differ in one of the {name: value}: nodes may have other files or another command."""
+        each = self.gather([(os.uname().nodename, values)])
+        for name in values:
+            nodes = {str(has[name]): node for node, has in each}
+            check(len(nodes) == 1, f"{name} is not the same for all processes: "
+                  + ", ".join(f"{node} has {value}" for value, node in nodes.items()))
 
     def stop_requested(self):
         """Whether any process is to stop. All must call it. The sum is the CPUs', so it does not wait for a GPU."""
@@ -202,10 +204,11 @@ def start(script, kind, may_change):
         resumed = load_checkpoint(path, "out_dir")
         check(resumed.get("kind") == kind, f"out_dir={out_dir} holds another kind of checkpoint: {resumed.get('kind')}")
         check_resumable(resumed["constants"], constants, may_change)
-    step = resumed["step"] if resumed else 0
-    dist = Distributed(constants["device"], (resumed or constants)["dtype"], constants["seed"], step=step)
+    same = {"out_dir": f"a checkpoint of step {resumed['step']}" if resumed else "no checkpoint",
+            **{name: value for name, value in constants.items() if name not in may_change}}
+    dist = Distributed(constants["device"], (resumed or constants)["dtype"], constants["seed"], same=same)
     if resumed and resumed["finished"]:
-        dist.print(f"{path} is finished: step {step}")
+        dist.print(f"{path} is finished: step {resumed['step']}")
         dist.close()
         raise SystemExit
     return constants, dist, path, resumed
@@ -339,7 +342,6 @@ class Progress:
     """
 
     def __init__(self, out_dir, start, steps, batch_size, dist):
-        dist.check_same("data_dir", f"step {start} of {steps}")
         self.dist, self.batch_size, self.step, self.steps = dist, batch_size, start, steps
         self.checkpoint = Path(out_dir, "checkpoint.pt")
         self.log = Log(Path(out_dir, "log.jsonl"), start) if dist.first else None

@@ -28,7 +28,7 @@ def process(rank=0, count=1):
     return SimpleNamespace(rank=rank, count=count, first=rank == 0, device=torch.device("cpu"), lines=lines,
                            print=lambda *words: lines.append(" ".join(words)), gather=lambda items: items,
                            sum=lambda tensor: tensor, stop=False, stop_requested=lambda: False, wait=lambda: None,
-                           autocast=contextlib.nullcontext)
+                           autocast=contextlib.nullcontext, check_same=lambda values: None)
 
 
 def failure(call, *arguments):

@@ -583,13 +583,33 @@ def test_lpips_for_training(monkeypatch):
 def test_processes_that_see_other_files_do_not_train_together(tmp_path, monkeypatch):
     """One node resumes and the other does not see the checkpoint: they would average the gradients of different runs."""
     def gather(_, items):
-        return items + [("step 10", "node-1")]
+        return items + [("node-1", {"learning_rate": 0.1, "out_dir": "a checkpoint of step 10"})]
 
     monkeypatch.setattr(runtime.Distributed, "gather", gather)
     dist = runtime.Distributed("cpu", "float32")
-    message = failure(dist.check_same, "out_dir", "step 0")
-    assert "out_dir" in message and "begins at step 0, node-1 begins at step 10" in message
-    dist.check_same("out_dir", "step 10")
+    dist.check_same({"learning_rate": 0.1})
+    message = failure(dist.check_same, {"learning_rate": 0.1, "out_dir": "no checkpoint"})
+    assert "out_dir is not the same" in message and "has no checkpoint, node-1 has a checkpoint of step 10" in message
+    message = failure(dist.check_same, {"learning_rate": 0.2, "out_dir": "a checkpoint of step 10"})
+    assert "learning_rate" in message and "has 0.2, node-1 has 0.1" in message
+
+
+def test_two_processes_with_different_images(tmp_path):
+    """As on two nodes with a copy of the data each, as many images, but one under another name."""
+    for rank in "01":
+        for name in "0.png", f"{rank}1.png":
+            (tmp_path / rank / "train" / "cat").mkdir(parents=True, exist_ok=True)
+            (tmp_path / rank / "train" / "cat" / name).write_bytes(b"the same")
+    (tmp_path / "script.py").write_text(f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import data, runtime
+source = data.open_split({str(tmp_path)!r} + "/" + os.environ["RANK"], "train", 32, 0)
+data.TrainLoader(source, None, 2, 0, 1, 0, runtime.Distributed("cpu", "float32"))
+""")
+    result = run_script(tmp_path / "script.py", nproc=2, ok=False)
+    assert "data_dir is not the same for all processes" in last_words(result)
+    assert last_words(result).count("2 images, list ") == 2
 
 
 def test_two_processes_of_which_one_sees_no_checkpoint(tmp_path):
@@ -598,7 +618,7 @@ def test_two_processes_of_which_one_sees_no_checkpoint(tmp_path):
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import runtime
-runtime.Distributed("cpu", "float32", step=10 * int(os.environ["RANK"]))
+runtime.Distributed("cpu", "float32", same=dict(out_dir=10 * int(os.environ["RANK"])))
 """)
     result = run_script(tmp_path / "script.py", nproc=2, ok=False)
     assert "out_dir is not the same for all processes" in last_words(result)

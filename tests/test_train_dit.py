@@ -362,7 +362,8 @@ def folder(tmp_path):
         for i in range(20):
             source.load(20 * k + i).save(tmp_path / "images" / "train" / f"class {k}" / f"{i:02}.png")
     broken = tmp_path / "images" / "train" / "class 1" / "07.png"
-    broken.write_bytes(broken.read_bytes()[:200])
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:200].ljust(len(whole), b"\0"))
     return tmp_path / "images", broken
 
 
@@ -390,7 +391,7 @@ def test_an_image_that_can_not_be_decoded_is_named_and_left_out(base, folder, tr
             assert torch.equal(step["labels"], first["labels"]) and torch.equal(step["noise"], first["noise"])
             torch.testing.assert_close(step["z"], first["z"], rtol=2e-3, atol=2e-3)
     assert checkpoint(tmp_path / "run")["classes"] == ["class 0", "class 1"]
-    shutil.copy(broken.with_name("08.png"), broken)  # it may have been out of reach for a minute only
+    data.Shapes("train", 40, 40).load(27).save(broken)  # it may have been out of reach for a minute only
     train(**same, out_dir=tmp_path / "other")
     assert (open_cache(tmp_path / "folder.cache", 40)[0] == 1).all()
 
@@ -416,13 +417,19 @@ time.sleep(100)
         other.kill()
 
 
-def test_a_folder_whose_classes_were_renamed_needs_another_cache(folder, train, tmp_path):
-    """As many images as before, but in another order: the old cache would pair latents with the labels of others."""
+@pytest.mark.parametrize("change", ["renamed", "made anew"])
+def test_a_folder_that_has_changed_needs_another_cache(folder, train, tmp_path, change):
+    """As many images as before. Renamed, they have another order: the old cache would pair latents with the labels of
+    others. Made anew under the same names, it would be of other images."""
     images, broken = folder
     broken.unlink()
     same = dict(data_dir=images, cache=tmp_path / "folder.cache", batch_size=8, epochs=1, decay_epoch=1)
     train(**same, out_dir=tmp_path / "run")
-    (images / "train" / "class 0").rename(images / "train" / "class 9")
+    if change == "renamed":
+        (images / "train" / "class 0").rename(images / "train" / "class 9")
+    else:
+        for path in images.rglob("*.png"):
+            Image.open(path).rotate(45).save(path)
     assert str(tmp_path / "folder.cache") in failure(train, **same, out_dir=tmp_path / "other")
 
 
@@ -430,10 +437,9 @@ def test_too_many_broken_images_end_the_run(folder, train, tmp_path):
     """One of forty is more than a hundredth: it is not a stray file but the wrong folder."""
     images, broken = folder
     same = dict(data_dir=images, cache=tmp_path / "folder.cache", batch_size=8, epochs=1, decay_epoch=1)
-    whole = (images / "train" / "class 1" / "08.png").read_bytes()
     message = failure(train, **same)
     assert "data_dir" in message and "1 of 40" in message and str(broken) in message
-    broken.write_bytes(whole)  # repaired: it is tried again
+    data.Shapes("train", 40, 40).load(27).save(broken)  # repaired: it is tried again
     train(**same)
     assert (open_cache(tmp_path / "folder.cache", 40)[0] == 1).all()
 
