@@ -53,7 +53,7 @@ def medians(*measures):
 
 
 def seconds(task, dist, threads=1):
-    """Of one call, without gradient. Unless told, PyTorch's timer takes one thread."""
+    """Of one call, without gradient, on so many threads."""
     with torch.no_grad(), dist.autocast():
         return Timer("task()", globals={"task": task}, num_threads=threads).blocked_autorange().median
 

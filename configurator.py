@@ -68,8 +68,8 @@ def ignore_signals(_):
 
 @atexit.register
 def leave():
-    """After the last line of every process: its loading workers end at once. If it is still connected to others, it has
-    failed, and gloo's threads must not end it with a line of their own; torchrun hears only of the first failure."""
+    """After the last line of every process: its loading workers end at once. One that is still connected to others has
+    failed: os._exit keeps gloo's threads from adding a line of their own. torchrun hears only of the first failure."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises an error about every worker
     for worker in multiprocessing.active_children():
         worker.kill()

@@ -56,8 +56,8 @@ def open_splits(data_dir, image_size, shapes_images, batch_size=1, resumed=None)
                    f"has {', '.join(odd[:5])}" + (f" and {len(odd) - 5} more" if len(odd) > 5 else ""))
     check(batch_size <= len(train), f"batch_size={batch_size} is more than the {len(train)} training images")
     if resumed:
-        check(resumed["images"] == len(train), f"data_dir={data_dir} has {len(train)} training images; the run to resume "
-              f"began with {resumed['images']}")
+        check(resumed["images"] == len(train), f"data_dir={data_dir} has {len(train)} training images; the run to "
+              f"resume began with {resumed['images']}")
     return train, val
 
 
@@ -226,10 +226,10 @@ class TrainBatches(torch.utils.data.Dataset):
 def eval_loader(source, size, batch_size, dist, workers=0, images=0, title="", indices=None, keep_empty=False):
     """Yields centre crops, uint8 (b, size, size, 3), and their indices (b,), so that all processes together see every
     image once; all must iterate. Files that can't be used are left out and named at the end; more than 1 % end the
-    run. After a SIGTERM to any process, that one breaks off and all raise Stopped at their end.
+    run. After a SIGTERM to any process, that process breaks off, and all raise Stopped when they are through.
 
-    images: how many, evenly spread; 0 = all. indices: which ones, instead. title: of a bar. keep_empty: yield empty
-    batches, too.
+    images: how many, evenly spread; 0 = all. indices: which ones, instead. title: of a progress bar; "" = none.
+    keep_empty: yield empty batches, too.
     """
     count, bad = min(images or len(source), len(source)), []
     mine = (spread(source, count) if indices is None else indices)[dist.rank::dist.count].tolist()
@@ -287,7 +287,7 @@ def report_bad_files(source, images, bad, reported, dist):
              + f" and {len(reported) - 10} more" * (len(reported) > 10))
 
 
-def eval_batch(size):
+def eval_batch_size(size):
     """How many images of `size` pixels to process at a time without gradient."""
     return max(1, min(256, 256**3 // size**2))
 
@@ -301,11 +301,11 @@ def validate(tcae, source, size, images, dist, picture):
             return to_uint8(tcae(to_float(pixels, dist.device))).cpu()
 
     total = torch.zeros(2, dtype=torch.float64)
-    for pixels, _ in eval_loader(source, size, eval_batch(size), dist, images=images):
+    for pixels, _ in eval_loader(source, size, eval_batch_size(size), dist, images=images):
         values = psnr(pixels, reconstruct(pixels))
         total += torch.tensor([values.sum(), len(values)], dtype=torch.float64)
     psnr_sum, count = dist.sum(total).tolist()
-    shown, _, _ = CenterCrops(source, size)[spread(source, 8).tolist()]
-    if dist.first and len(shown):
+    if dist.first:
+        shown, _, _ = CenterCrops(source, size)[spread(source, 8).tolist()]
         save_grid(picture, torch.cat([shown, reconstruct(shown)]), columns=len(shown))
     return psnr_sum / count

@@ -35,6 +35,7 @@ tokenizer = ""  # stage 1's checkpoint, or a file.py with another tokenizer
 data_dir = ""  # as in stage 1; "" = the tokenizer's own
 val_images = 0  # how many validation images; 0 = all
 probe_images = 0  # how many training images to fit the probes on; 0 = all
+statistics = ""  # .npz for the reconstructions' feature statistics; as `reference`, gFID is the generator's error alone
 pca = False  # True: also the PSNR of PCA with as many values per image, the best linear tokenizer; up to 64 px
 
 # … or samples against a reference
@@ -66,6 +67,7 @@ def evaluate_tokenizer(dist):
     train, val = data.open_splits(where, size, tcae.shapes_images)
     check(not pca or size <= 64, f"pca=True: {tokenizer} is for images of {size} pixels; 64 are the most for PCA")
     pairs, of_train, of_val = PairMetrics(len(val), size, dist), PooledFeatures(train, tcae), PooledFeatures(val, tcae)
+    check(not statistics or pairs.features, f"statistics={statistics}: without a feature_net there are none")
 
     for pixels, indices in data.eval_loader(val, size, batch_size, dist, workers, val_images, "validation images"):
         with dist.autocast():
@@ -81,6 +83,10 @@ def evaluate_tokenizer(dist):
                 of_train.add(*tcae.encode(data.to_float(pixels, dist.device), with_tokens=True), indices)
 
     count, results = pairs.results(dist)
+    if statistics and dist.first:
+        mean, covariance = pairs.features[1].mean_and_cov()
+        with runtime.whole_file(statistics) as file:
+            np.savez(file, mu=mean.cpu(), sigma=covariance.cpu())
     if pca:
         values = int(np.prod(tcae.latent_shape))
         results[f"PSNR of PCA, {values} values"] = pca_psnr(train, val, values, size, dist)
@@ -288,7 +294,7 @@ class PairMetrics:
 def pca_psnr(train, val, values, size, dist):
     """PSNR (dB) of the best linear tokenizer: PCA with `values` numbers per image, fitted on the training images."""
     def rows(source, images, title):
-        for pixels, _ in data.eval_loader(source, size, data.eval_batch(size), dist, workers, images, title):
+        for pixels, _ in data.eval_loader(source, size, data.eval_batch_size(size), dist, workers, images, title):
             yield pixels, data.to_float(pixels, "cpu").flatten(1)
 
     width = 3 * size**2
@@ -473,7 +479,7 @@ def main():
           "give either --tokenizer=CHECKPOINT, or --samples=IMAGES with --reference=IMAGES")
     name, given = ("tokenizer", tokenizer) if tokenizer else ("samples", samples)
     check(os.path.exists(given), f"{name}={given}: there is no such file or folder")
-    check(out or not tokenizer.endswith(".py"), f"out is empty: the file of results for {tokenizer}")
+    check(out or not tokenizer.endswith(".py"), f"out is empty: say where the results of {tokenizer} go")
     path = out or os.path.join(os.path.dirname(given.rstrip("/")), "eval.json")
     check(os.access(os.path.dirname(path) or ".", os.W_OK) and not os.path.isdir(path), f"out={path} can't be written")
     dist = runtime.Distributed(device, dtype, saves=False)
@@ -485,8 +491,8 @@ def main():
         about, results = evaluate_pairs(dist) if paired else evaluate_samples(dist)
     if dist.first:
         print(about)
-        for name, value in results.items():
-            print(f"  {name:<{max(map(len, results))}}" + ("         –" if value is None else f"{value:10.4f}"))
+        for metric, value in results.items():
+            print(f"  {metric:<{max(map(len, results))}}" + ("         –" if value is None else f"{value:10.4f}"))
         with runtime.whole_file(path) as file:
             file.write(json.dumps({"measured": about, **results, "constants": constants}, indent=1).encode())
         print(f"wrote {path}")

@@ -3,10 +3,10 @@
     torchrun --nproc_per_node=8 finetune_decoder.py --init_from=out/tokenizer/checkpoint.pt
     python finetune_decoder.py config/cifar10_finetune.py                     # an experiment for two CPU cores
 
-The loss is L_rec = L1 + λ_p LPIPS + λ_q w L_adv (Eq. 6) alone; so we read Table 7's α = 0. Encoder and bottleneck are
-frozen, so the latents do not change and a generator trained on them still fits. There are three phases: reconstruction
-alone; from discriminator_start on the discriminator trains beside it; from adversarial_start on its loss reaches the
-decoder. Writes out_dir/checkpoint.pt, a tokenizer like stage 1's but with the averaged decoder, log.jsonl and
+The loss is L_rec = L1 + λ_p LPIPS + λ_q w L_adv (Eq. 6) alone: that is how we read Table 7's α = 0. Encoder and
+bottleneck are frozen, so the latents do not change and a generator trained on them still fits. There are three phases:
+reconstruction alone; from discriminator_start on the discriminator trains beside it; from adversarial_start on its loss
+reaches the decoder. Writes out_dir/checkpoint.pt, a tokenizer like stage 1's but with the averaged decoder, log.jsonl and
 reconstructions.png.
 """
 import contextlib
@@ -179,7 +179,7 @@ def main():
     decoder = tcae.decoder.requires_grad_(True)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay,
                                   fused=dist.device.type in ("cuda", "cpu"))
-    perceptual = pretrained.training_lpips(dist, lpips_net) if lpips_weight else None
+    perceptual = pretrained.training_lpips(lpips_net, dist) if lpips_weight else None
     discriminator = None
     if adversarial_weight:
         torch.manual_seed(seed)  # the same random weights again after a restart
@@ -201,7 +201,6 @@ def main():
         if discriminator:
             discriminator.heads.load_state_dict(resumed["discriminator"])
             discriminator_optimizer.load_state_dict(resumed["discriminator_optimizer"])
-        dist.print(f"resumed from {path} at step {start}")
 
     if compiling:
         compile_blocks(tcae, *([discriminator] if discriminator else []))
@@ -224,8 +223,7 @@ def main():
                 **({"discriminator": discriminator.heads.state_dict(),
                     "discriminator_optimizer": discriminator_optimizer.state_dict()} if discriminator else {})})
 
-    done, stopping = start, False  # a resumed run may have no steps left, only what comes after the loop
-    for step in range(start, steps):
+    for step in range(start, steps):  # none if a resumed run lacks only what comes after the loop
         torch.manual_seed(hash((seed, step, dist.rank)) % 2**63)  # for the augmentation, the same after a restart
         lr = optim.cosine(step, steps, learning_rate, min_learning_rate, warmup_steps)
         optimizer.param_groups[0]["lr"] = lr
@@ -270,7 +268,7 @@ def main():
         grad_norm = torch.nn.utils.clip_grad_norm_(decoder.parameters(), grad_clip or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
-        optim.update_ema(list(averaged.decoder.parameters()), list(decoder.parameters()), decoder_ema)
+        optim.update_ema(averaged.decoder, decoder, decoder_ema)
 
         # The discriminator's hinge loss, on new reconstructions by the updated decoder, rounded to 8 bits like the real
         # images. Its rate follows the decoder's schedule from its own start on, so it ends at 8.2e-5 (RAE).
@@ -303,21 +301,19 @@ def main():
         if saving:
             save(done)
         if stopping:
-            break
+            return progress.stopped()
         if validating:
             with contextlib.suppress(runtime.Stopped):  # a signal breaks it off; the next step saves and stops
                 progress.validated(data.validate(averaged, val, image_size, val_images, dist, picture))
     progress.bar.close()
 
     try:
-        if stopping:
-            raise runtime.Stopped  # as if the signal had come below
         psnr = data.validate(averaged, val, image_size, val_images, dist, picture)
-        progress.write(val_psnr=psnr)
-        save(steps, finished=True)
-        dist.print(f"wrote {path} and {picture}: step {steps}, validation PSNR {psnr:.2f} dB")
     except runtime.Stopped:
-        dist.print(f"stopped: saved {path} at step {done}; --resume=True continues from there")
+        return progress.stopped()
+    progress.write(val_psnr=psnr)
+    save(steps, finished=True)
+    dist.print(f"wrote {path} and {picture}: step {steps}, validation PSNR {psnr:.2f} dB")
     dist.close()
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from runtime import check, fail
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp"}
-HIDDEN = ".", "@eaDir", "__MACOSX"  # how names begin that a Mac or a file server adds
+HIDDEN = ".", "@eaDir", "__MACOSX"  # prefixes of names that a Mac or a file server adds
 KAGGLE = "ILSVRC/Data/CLS-LOC"  # where Kaggle's archive has train/ and val/
 KAGGLE_TABLE = "LOC_val_solution.csv"  # beside ILSVRC/; a row is ImageId, then a WordNet ID and a box: n01751748 111 …
 DEVKIT = "ILSVRC2012_devkit_t12/data"  # ILSVRC's own: class numbers in the order of the files, and what they stand for
@@ -74,7 +74,8 @@ class ImageFolder:
         """A hash of the paths below the root and of the sizes of a thousand files or more, evenly spread: it changes
         when files are added, removed or renamed, or all made anew."""
         parts = [path[len(str(self.root)):] for path in self.paths]
-        parts += [str(os.path.getsize(path)) for path in self.paths[::max(1, len(self) // 1000)] if os.path.exists(path)]
+        some = self.paths[::max(1, len(self) // 1000)]
+        parts += [str(os.path.getsize(path)) for path in some if os.path.exists(path)]
         return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()[:16]
 
 

@@ -114,7 +114,7 @@ def measure_latents(tcae, source, image_size, images, workers, dist):
     float64."""
     tcae.latent_mean.zero_(), tcae.latent_std.fill_(1)
     sums, count = torch.zeros(2, len(tcae.latent_mean), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for pixels, _ in data.eval_loader(source, image_size, data.eval_batch(image_size), dist, workers, images,
+    for pixels, _ in data.eval_loader(source, image_size, data.eval_batch_size(image_size), dist, workers, images,
                                       title="latent statistics"):
         with dist.autocast():
             z = tcae.encode(data.to_float(pixels, dist.device)).cpu().double()  # (b, c, h, w)
@@ -203,8 +203,8 @@ class Store:
 
 
 class Pairs:
-    """`source` as latents, for data.TrainLoader. Each item is an image and its mirror image: latents (2, c, h, w) float16
-    from the cache, or, without one, pixels (2, H, W, 3) uint8."""
+    """`source` as latents, for data.TrainLoader. Each item is an image and its mirror image: latents (2, c, h, w)
+    float16 from the cache, or, without one, pixels (2, H, W, 3) uint8."""
 
     def __init__(self, source, image_size, store=None):
         self.source, self.image_size, self.store, self.constant = source, image_size, store, source.constant
@@ -236,7 +236,7 @@ def encode(tcae, pixels, dist):
 
 
 def open_store(path, tcae, source, rebuild, count, shape, dtype, dist):
-    """The file at `path`, made if it isn't there, or if `rebuild`; one of another tokenizer or other images fails."""
+    """The file at `path`, made if it isn't there, or if `rebuild`; not if it is of another tokenizer or other images."""
     check(os.path.isdir(os.path.dirname(path) or "."), f"cache={path}: there is no such folder")
     about = {"tokenizer": tcae.latents_of, "image_size": tcae.image_size, "images": len(source),
              "files": source.fingerprint()}
@@ -263,7 +263,7 @@ def fill_cache(path, tcae, source, rebuild, workers, dist):
     todo = store.to_do(dist)
     if not (len(todo) and store.items.flags.writeable):
         return store
-    batch = max(1, data.eval_batch(tcae.image_size) // 2)  # with the mirror images twice as many
+    batch = max(1, data.eval_batch_size(tcae.image_size) // 2)  # with the mirror images twice as many
     for pixels, indices in data.eval_loader(source, tcae.image_size, batch, dist, workers, indices=todo,
                                             title="encoding the data set once"):
         both = torch.stack([pixels, pixels.flip(2)], dim=1).flatten(0, 1)  # (2 b, H, W, 3): image, mirror image, …

@@ -319,8 +319,8 @@ class TCAE(nn.Module):
     """The tokenizer: encode(images) -> z, decode(z) -> images.
 
     z (B, c, H / f, W / f) is *already normalised* to mean 0 and variance 1 per channel. The buffers `latent_mean` and
-    `latent_std`, (c, 1, 1), are measured on training images at the end of stage 1 (latents.py's
-    measure_latents) and saved with the weights, so no later stage can mix up scales. Until then they are 0 and 1.
+    `latent_std`, (c, 1, 1), are measured on training images at the end of stage 1 (latents.py's measure_latents) and
+    saved with the weights, so no later stage can mix up scales. Until then they are 0 and 1.
 
     image_size: side of the training images, pixels; patch_size p; downsample f; latent_channels c; encoder, decoder:
     "S", "B", "L" or "width/depth/heads"; stc_depth M: 0 = no staged compression; compression: "conv" or "shuffle"
@@ -480,9 +480,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.hidden = 2 * 4 * width // 3
-        self.fc1 = nn.Linear(width, 2 * self.hidden)
-        self.fc2 = nn.Linear(self.hidden, width)
+        hidden = 2 * 4 * width // 3
+        self.fc1 = nn.Linear(width, 2 * hidden)
+        self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x):
         gate, value = self.fc1(x).chunk(2, dim=-1)

@@ -8,7 +8,6 @@ import math
 
 import torch
 
-OPTIMIZERS = ("adamw", "muon")
 MATRICES = {"attn", "mlp", "compress", "expand"}  # Muon takes a weight if one is in its dotted name
 
 
@@ -16,9 +15,9 @@ class Optimizer:
     """The constant `optimizer`: "adamw" for all weights, or "muon" for the matrices inside blocks and MLPs (those of
     bottleneck and SSL heads, too) and the convolutions of staged compression, and AdamW for the rest.
 
-    Muon is not made for the rest. In embeddings, output heads and prototypes each row has a meaning of its own.
-    Tokens, norms and biases are not matrices. The time MLP and adaLN's modulations see only the
-    condition; their gradient has few directions, and Muon would amplify the noise in all others to the same size.
+    Muon is not made for the rest. In embeddings, output heads and prototypes each row has a meaning of its own. Tokens,
+    norms and biases are not matrices. The time MLP and adaLN's modulations see only the condition; their gradient has
+    few directions, and Muon would amplify the noise in all others to the same size.
 
     constants: a script's, of which optimizer, learning_rate, betas, weight_decay and muon_rate are used.
     undecayed(name, parameter): True for parameters without weight decay.
@@ -106,6 +105,6 @@ def cosine(step, steps, base, final, warmup=0):
 
 
 def update_ema(averaged, trained, momentum):
-    """averaged <- momentum · averaged + (1 - momentum) · trained, for two lists of parameters."""
+    """averaged <- momentum · averaged + (1 - momentum) · trained, for the parameters of two equal networks."""
     with torch.no_grad():
-        torch._foreach_lerp_(averaged, trained, 1 - momentum)
+        torch._foreach_lerp_(list(averaged.parameters()), list(trained.parameters()), 1 - momentum)

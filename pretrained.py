@@ -59,9 +59,9 @@ def load_lpips(net, dist):
     return lpips.LPIPS(net=net, verbose=False).to(dist.device).requires_grad_(False)
 
 
-def training_lpips(dist, net="vgg"):
-    """LPIPS over VGG-16 for training: its convolutions run in the processes' precision, its distances in float32. `net`
-    may be a .pt2 file instead, for FeatureDistance."""
+def training_lpips(net, dist):
+    """LPIPS for training: its convolutions run in the processes' precision, its distances in float32. `net`: "vgg",
+    "alex", or a .pt2 file, for FeatureDistance."""
     if net.endswith(".pt2"):
         return FeatureDistance(net, dist)
     check(net in ("vgg", "alex"), f"lpips_net={net!r}: it is 'vgg', 'alex' or a .pt2 file")

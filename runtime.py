@@ -9,6 +9,7 @@ configure, check, fail and how a process ends are in configurator.py; the script
 """
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import json
@@ -46,8 +47,8 @@ class Distributed:
     """This process, alone or among those that torchrun started.
 
     rank and count; first: rank 0, which writes the files. device: CUDA, MPS or CPU. dtype, for autocast: torch.bfloat16
-    where that is faster, else torch.float32. stop: True once this process got one of SIGNALS; saves=False: they end it.
-    same: {name: value} that must be the same for all.
+    where that is faster, else torch.float32. stop: True once this process got one of SIGNALS; with saves=False they end
+    it at once. same: {name: value} that must be the same for all.
     """
 
     def __init__(self, device="auto", dtype="auto", seed=0, saves=True, same={}):
@@ -144,7 +145,7 @@ class Distributed:
         return [item for each in lists for item in each]
 
     def check_same(self, values):
-        """Ends the run if processes differ in one of the {name: value}: nodes may have other files or another command."""
+        """Ends the run if processes differ in one of the {name: value}: their nodes may hold different files."""
         each = self.gather([(os.uname().nodename, values)])
         for name in values:
             nodes = {str(has[name]): node for node, has in each}
@@ -173,7 +174,7 @@ class Distributed:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                fail(f"{what} is in use by {Path(path).read_text()}: wait until it ends, or give another")
+                fail(f"{what} is in use by {Path(path).read_text()}: wait until it ends, or choose another")
             except OSError as error:  # some network file systems have no locks
                 print(f"{what} can't be locked ({error.strerror}): see that no other run writes there")
             file.truncate(0)
@@ -211,6 +212,9 @@ def start(script, kind, may_change):
         dist.print(f"{path} is finished: step {resumed['step']}")
         dist.close()
         raise SystemExit
+    if resumed:
+        dist.print(f"resumed from {path} at step {resumed['step']}")
+    git_revision()  # now, for the checkpoints to come
     return constants, dist, path, resumed
 
 
@@ -226,6 +230,8 @@ def check_training(constants, dist, positive=()):
     """Checks the constants that all training scripts have; those in `positive` must be at least 1, too."""
     for name in ("epochs", "batch_size", "log_every", "save_every", *positive):
         check(constants[name] > 0, f"{name}={constants[name]} must be at least 1")
+    chosen = constants.get("optimizer", "adamw")
+    check(chosen in ("adamw", "muon"), f"optimizer={chosen!r}: it is adamw or muon")
     batch_size, parts, betas = constants["batch_size"], dist.count * constants.get("accumulate", 1), constants["betas"]
     check(batch_size % parts == 0, f"batch_size={batch_size} must be a multiple of {parts} (processes × accumulate)")
     check(len(betas) == 2 and max(betas) < 1, f"betas={betas} must be two numbers, each at least 0 and below 1")
@@ -299,6 +305,7 @@ def header(kind, constants, dist):
             "revision": git_revision()}
 
 
+@functools.cache  # of the run's beginning: the files may change meanwhile
 def git_revision():
     """This code's commit, with a + if files were changed since; "" outside git."""
     words = "describe --always --exclude=* --abbrev=40 --dirty=+".split()
@@ -383,9 +390,14 @@ class Progress:
     def validated(self, psnr):
         """Logs and shows the PSNR (dB) of a validation, whose time is left out of images/s."""
         self.write(val_psnr=psnr)
-        if self.dist.first:
-            tqdm.write(f"step {self.step}: validation PSNR {psnr:.2f} dB")
+        self.dist.print(f"step {self.step}: validation PSNR {psnr:.2f} dB")
         self.start_clock()
+
+    def stopped(self):
+        """The end of a run that a signal has stopped."""
+        self.bar.close()
+        self.dist.print(f"stopped: saved {self.checkpoint} at step {self.step}; --resume=True continues from there")
+        self.dist.close()
 
     def start_clock(self):
         """Starts the time of images/s again, after a validation or a picture."""

@@ -98,7 +98,7 @@ def main():
             with runtime.whole_file(path) as file:
                 np.savez(file, arr_0=store.items, arr_1=labels)
         else:
-            columns = len(labels) // per_class
+            columns = len(chosen)
             data.save_grid(path, torch.from_numpy(np.array(store.items)), columns, [names[k] for k in labels[:columns]])
         os.remove(part)
     dist.print(f"wrote {path}: {len(labels)} samples of {len(set(labels.tolist()))} classes, "

@@ -73,7 +73,6 @@ def check_constants(dist):
     runtime.check_training(globals(), dist, positive=("accumulate", "sample_every", "sample_steps", "shift_base"))
     for name in "label_dropout", "ema_momentum":
         check(globals()[name] < 1, f"{name}={globals()[name]} must be at least 0 and below 1")
-    check(optimizer in optim.OPTIMIZERS, f"optimizer={optimizer!r}: it is {' or '.join(optim.OPTIMIZERS)}")
     try:
         with torch.device("meta"):
             LightningDiT(size, 1, 1, 1)
@@ -144,8 +143,7 @@ def main():
     torch.manual_seed(seed)  # again: encoding may have used random numbers
     model = LightningDiT(size, channels, side, len(source.classes)).to(dist.device)
     ema = copy.deepcopy(model).requires_grad_(False)
-    trained, averaged = list(model.parameters()), list(ema.parameters())
-    parameters = sum(p.numel() for p in trained)
+    parameters = sum(p.numel() for p in model.parameters())
     optimizers = optim.Optimizer(model, constants, dist)
     dist.print(f"{parameters / 1e6:.1f} M parameters, {len(source)} images of {len(source.classes)} classes as latents "
                f"{' × '.join(map(str, shape))}; {steps} steps of {batch_size}")
@@ -154,7 +152,6 @@ def main():
         model.load_state_dict(resumed["model"])
         ema.load_state_dict(resumed["ema"])
         optimizers.load_state_dict(resumed["optimizer"])
-        dist.print(f"resumed from {path} at step {start}")
     # On a CPU, compiling takes 10 to 40 s and saves a quarter of every step, so it pays in a run of minutes, which
     # 2e13 operations take. Constants alone decide, so that a resumed run decides alike.
     operations = 6 * parameters * side**2 * batch_size * steps  # 6 for each weight and token
@@ -194,9 +191,9 @@ def main():
             total = total + loss.detach() / accumulate
 
         # Update the weights, and their moving average, which is the one to sample from.
-        grad_norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or float("inf"))
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or float("inf"))
         optimizers.step(lr)
-        optim.update_ema(averaged, trained, ema_momentum)
+        optim.update_ema(ema, model, ema_momentum)
         progress.add({"loss": total, "grad_norm": grad_norm})
 
         # Log, save, draw samples: nothing else in the loop waits for the device. A NaN ends the run before it is saved.
@@ -214,9 +211,7 @@ def main():
             runtime.save_checkpoint(path, {**to_sample(done), "model": model.state_dict(),
                                            "optimizer": optimizers.state_dict(), "bad_files": loader.reported})
         if stopping and not last:
-            progress.bar.close()
-            dist.print(f"stopped: saved {path} at step {done}; --resume=True continues from there")
-            return dist.close()
+            return progress.stopped()
         if drawing and dist.first:
             draw_samples(ema, tcae, shape, source.classes, picture, dist)
         if drawing:

@@ -3,7 +3,7 @@
     python runs/features.py config/shapes_vgg.py                              # a laptop: first its perceptual loss
     python train_tokenizer.py config/shapes_tokenizer.py
     torchrun --nproc_per_node=8 train_tokenizer.py --patch_size=8             # the paper's run, ImageNet in imagenet/
-    python train_tokenizer.py --out_dir=out/x --resume=True                   # continues a stopped run
+    python train_tokenizer.py config/shapes_tokenizer.py --resume=True        # the same again: continues a stopped run
 
 L = α L_rec + L_iBOT (Eq. 5), L_rec = L1 + λ_p LPIPS (Eq. 6; its adversarial term comes in finetune_decoder.py). The
 defaults are Table 7's left column. Writes out_dir/checkpoint.pt, log.jsonl and reconstructions.png.
@@ -44,7 +44,7 @@ compression = "conv"  # or "shuffle" (Table 8)
 # Objective
 alpha = 0.1  # α, weight of L_rec (Table 9); our L1 is on pixels in [-1, 1], twice that on [0, 1]: the paper is silent
 lpips_weight = 1.0  # λ_p; 0 = no perceptual loss, and no download of VGG
-lpips_net = "vgg"  # VGG-16; or a .pt2 file of feature maps, for other images (runs/features.py)
+lpips_net = "vgg"  # VGG-16; "alex", AlexNet; or a .pt2 file of feature maps, for other images (runs/features.py)
 
 # Self-supervision
 ssl_method = "ibot"  # or "dino", "dinov2" (Table 6), "none"
@@ -94,7 +94,6 @@ MAY_CHANGE = {  # with --resume=True; all other constants must be those that the
 def check_constants(dist):
     """Checks across constants. Each message names the constant and says what to do."""
     check(ssl_method in (*ssl.METHODS, "none"), f"ssl_method={ssl_method!r}: it is {', '.join(ssl.METHODS)} or none")
-    check(optimizer in optim.OPTIMIZERS, f"optimizer={optimizer!r}: it is {' or '.join(optim.OPTIMIZERS)}")
     runtime.check_training(globals(), dist, positive=(
         "accumulate", "eval_every", "image_size", "patch_size", "downsample", "latent_channels", "prototypes",
         "head_hidden", "global_crop_size", "local_crop_size", "stats_images", "shapes_images"))
@@ -110,7 +109,7 @@ def check_constants(dist):
         check(len(pair) == 2 and 0 < pair[0] <= pair[1] <= 1, f"{name}={pair} must be two shares, 0 < low <= high <= 1")
     if ssl_method != "none":
         unit = output_patch(patch_size, stc_depth)
-        for name in ("global_crop_size", "local_crop_size"):
+        for name in ["global_crop_size"] + ["local_crop_size"] * (local_crops > 0):
             size = globals()[name]
             check(size % unit == 0, f"{name}={size} must be a multiple of {unit} pixels (patch_size={patch_size}"
                   f"{' × 2 for staged compression' if stc_depth else ''}): {max(1, size // unit) * unit} or "
@@ -157,7 +156,7 @@ def main():
         tcae = TCAE.from_constants(constants).to(dist.device)
     except ValueError as error:  # sizes that do not fit; the message names the constant
         runtime.fail(error)
-    perceptual = pretrained.training_lpips(dist, lpips_net) if lpips_weight else None
+    perceptual = pretrained.training_lpips(lpips_net, dist) if lpips_weight else None
 
     # Self-supervision. The student is the tokenizer's own encoder, not a copy, with heads; JointTokenizer runs it. The
     # teacher, a copy of both, follows them as a moving average.
@@ -190,7 +189,6 @@ def main():
             heads.load_state_dict(resumed["heads"])
             teacher.load_state_dict(resumed["teacher"])
             ibot.centers = {name: center.to(dist.device) for name, center in resumed["centers"].items()}
-        dist.print(f"resumed from {path} at step {start}")
 
     if compiling:
         compile_blocks(model, *([teacher] if self_supervised else []))
@@ -212,8 +210,7 @@ def main():
                 **({"heads": heads.state_dict(), "teacher": teacher.state_dict(), "centers": ibot.centers}
                    if self_supervised else {})})
 
-    done, stopping = start, False  # a resumed run may have no steps left, only what comes after the loop
-    for step in range(start, steps):
+    for step in range(start, steps):  # none if a resumed run lacks only what comes after the loop
         lr = optim.cosine(step, steps, learning_rate, min_learning_rate, warmup_steps)
         temperature = ssl.teacher_temperature(step / steps_per_epoch, teacher_temp_warmup_epochs, *teacher_temp)
 
@@ -270,7 +267,7 @@ def main():
         if self_supervised:
             ibot.update_centers()
             momentum = optim.cosine(step, steps, teacher_momentum, 1.0)
-            optim.update_ema(list(teacher.parameters()), list(student.parameters()), momentum)
+            optim.update_ema(teacher, student, momentum)
         progress.add({**step_terms, "grad_norm": grad_norm})
 
         # Log, save, validate: nothing else in the loop waits for the GPU.
@@ -284,7 +281,7 @@ def main():
         if saving:
             save(done)
         if stopping:
-            break
+            return progress.stopped()
         if validating:
             with contextlib.suppress(runtime.Stopped):  # a signal breaks it off; the next step saves and stops
                 progress.validated(data.validate(tcae, val, image_size, val_images, dist, picture))
@@ -293,15 +290,13 @@ def main():
     # Later stages need latents of mean 0 and variance 1 in every channel: measure latent_mean and latent_std. That
     # takes minutes, so a signal may break it off, too.
     try:
-        if stopping:
-            raise runtime.Stopped  # as if the signal had come below
         measure_latents(tcae, train, image_size, stats_images, workers, dist)
         psnr = data.validate(tcae, val, image_size, val_images, dist, picture)
-        progress.write(val_psnr=psnr)
-        save(steps, finished=True)
-        dist.print(f"wrote {path} and {picture}: step {steps}, validation PSNR {psnr:.2f} dB")
     except runtime.Stopped:
-        dist.print(f"stopped: saved {path} at step {done}; --resume=True continues from there")
+        return progress.stopped()
+    progress.write(val_psnr=psnr)
+    save(steps, finished=True)
+    dist.print(f"wrote {path} and {picture}: step {steps}, validation PSNR {psnr:.2f} dB")
     dist.close()
 
 

@@ -90,7 +90,7 @@ def flow():
     grid(places["latent"], top + 1.5, side - 3, latent, 8, "#ffffff")
     arrow(12.6, 24.6, middle, "patches, p = 8\n6 blocks", "Eq. 1")
     arrow(37.6, 49.6, middle, "2 × 2 → 1:\nconvolutions;\n6 blocks", "Sec. 3.3")
-    arrow(62.6, 75.6, middle, "2 × 2 → 1:\npixel shuffle,\nMLP", "Eq. 2")
+    arrow(62.6, 75.6, middle, "2 × 2 → 1:\npixel unshuffle,\nMLP", "Eq. 2")
     # One bottleneck, without staging, goes past all this
     start, end, roof = places["fine"] + side / 2, places["latent"] + side / 2 - 1.5, top + side + 6
     axes.plot([start, start, end, end], [roof - 1.2, roof, roof, roof - 2], color=GREY, lw=1, ls="--")
@@ -108,11 +108,11 @@ def flow():
                                       ec="none"))
     axes.annotate("", (places["coarse"] + side + 0.1, top - 2.3), (places["fine"] + side + 1.5, top - 2.3),
                   arrowprops=dict(arrowstyle="-|>", color=BLUE, lw=1))
-    axes.text(50, top - 2.9, "[CLS] goes around the convolution", color=BLUE, fontsize=7, ha="center", va="top")
-    axes.text(65, top - 4.1, "→ iBOT: a student that sees masked\n    crops predicts the "
+    axes.text(50, top - 2.9, "[CLS] goes around the convolution", color=BLUE, fontsize=7.5, ha="center", va="top")
+    axes.text(65, top - 3.6, "→ iBOT: a student that sees masked\n    crops predicts the "
                              "teacher's\n    [CLS] and tokens, Eq. 4", color=BLUE, fontsize=7.5, va="center")
     # The decoder, from right to left, and the generator
-    small, low, turn = 8, bottom + 3, 98
+    small, low, turn = 8, bottom + 3, 101
     for name, x, picture, lines in ("coarse", 53, pooled[16], 16), ("fine", 28, pooled[32], 32), ("image", 3, image, 1):
         grid(x, bottom - 1, small, picture, lines, INK if name == "image" else "#ffffff")
     axes.plot([84.5, turn, turn, 70], [middle, middle, low, low], color=INK, lw=1.2)
@@ -120,9 +120,11 @@ def flow():
     arrow(52, 37, low, "convolutions; 6 blocks")
     arrow(27, 12, low, "linear head")
     axes.text(3, bottom - 2, "L1 + LPIPS, Eq. 6", fontsize=7.5, va="top", color=GREY)
-    axes.text(turn - 0.8, (middle + low) / 2 - 4.6, "to sample, LightningDiT draws\nz from noise and a class",
-              fontsize=7.5, ha="right", va="center", color=GREEN)
-    axes.plot([turn], [(middle + low) / 2 - 4.6], "o", color=GREEN, ms=6)
+    axes.add_patch(FancyBboxPatch((74, 8.9), 21.5, 1.6, boxstyle="round,pad=0.4", fc="none", ec=GREEN))
+    axes.text(84.75, 9.6, "LightningDiT: noise, class → z", fontsize=7.5, ha="center", va="center", color=GREEN)
+    axes.annotate("", (turn, 9.7), (96, 9.7), arrowprops=dict(arrowstyle="-|>", color=GREEN, lw=1.2))
+    for y, name in (top + side + 5, "encoder"), (bottom + small + 1.5, "decoder"):
+        axes.text(0, y, name, fontsize=9, weight="bold")
     save(figure, "flow.png")
 
 
@@ -179,13 +181,26 @@ def study_images(count):
 
 @torch.no_grad()
 def reconstructions():
-    """study_reconstructions.png: the same images through one bottleneck and through two stages."""
-    pixels = study_images(6)
-    rows = [("original", pixels)] + [(name, data.to_uint8(tcae(data.to_float(pixels, "cpu"))))
-                                     for name, tcae in study_tokenizers(RECONSTRUCTED)]
+    """study_reconstructions.png: the six of 2,000 test images in which one bottleneck's seam is most visible, through
+    it and through two stages; and how much pixels differ from their neighbours, the mean over all 2,000."""
+    pixels = study_images(2000)
+    rows = {"original": pixels} | {name: torch.cat([data.to_uint8(tcae(data.to_float(part, "cpu")))
+                                                    for part in pixels.split(200)])
+                                   for name, tcae in study_tokenizers(RECONSTRUCTED)}
+
+    def differences(images):  # (N, H, W, 3) -> (N, H, W), from the pixels to the left and above
+        x = images.float()
+        return sum(x.diff(dim=dim, prepend=x.narrow(dim, 0, 1)).abs().mean(3) for dim in (1, 2))
+
+    maps = {name: differences(images) for name, images in rows.items()}
+    seam = {name: (d[:, 16].mean(1) + d[:, :, 16].mean(1)) / d.mean((1, 2)) for name, d in maps.items()}
+    shown = (list(seam.values())[1] - seam["original"]).topk(6).indices
+    brightest = max(d.mean(0).max() for d in maps.values())
+    cells = [torch.cat([images[shown], (d.mean(0) / brightest * 255).byte()[None, :, :, None].expand(1, -1, -1, 3)])
+             for images, d in zip(rows.values(), maps.values())]
     path = Path(out_dir, "study_reconstructions.png")
-    large = torch.cat([images for _, images in rows]).repeat_interleave(5, 1).repeat_interleave(5, 2)  # to see seams
-    data.save_grid(path, large, len(pixels), names=[name for name, _ in rows])
+    large = torch.cat(cells).repeat_interleave(4, 1).repeat_interleave(4, 2)  # to see seams
+    data.save_grid(path, large, 7, titles=[""] * 6 + ["mean difference"], names=list(rows))
     print(f"wrote {path}")
 
 

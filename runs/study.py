@@ -53,7 +53,8 @@ COLUMNS = {  # what the table shows: file, metric as eval.py names it
     "PSNR": ("tokenizer", "PSNR"), "SSIM": ("tokenizer", "SSIM"), "rFD": ("tokenizer", "rFD"),
     "probe, tokens": ("tokenizer", "probe on tokens"), "probe, latents": ("tokenizer", "probe on latents"),
     "structure loss": ("tokenizer", "structure loss"), "gFD": ("samples", "gFD"), "IS": ("samples", "IS"),
-    "gFD, guided": ("guided", "gFD"), "recognised, guided": ("guided", "recognised"), "seams": ("seams", "seams"),
+    "gFD, guided": ("guided", "gFD"), "from reconstructions": ("generator", "gFD"),
+    "recognised, guided": ("guided", "recognised"), "seams": ("seams", "seams"),
 }
 
 CLAIMS = [  # the paper's: what is compared, in which column, and which of the two rows should be lower (or higher)
@@ -114,10 +115,11 @@ def run_cell(row, seed):
     folder.mkdir(parents=True, exist_ok=True)
     run("train_tokenizer.py", tokenizer_config, data_dir=data_dir, seed=seed, resume=True, out_dir=tokenizer.parent,
         **ROWS[row])
-    evaluate("tokenizer", tokenizer=tokenizer)
+    evaluate("tokenizer", tokenizer=tokenizer, statistics=folder / "reconstructions.npz")
     run("train_dit.py", dit_config, tokenizer=tokenizer, seed=seed, resume=True, out_dir=dit.parent)
     sample("samples", 1)
     sample("guided", cfg_scale)
+    evaluate("generator", samples=folder / "samples" / "samples.npz", reference=folder / "reconstructions.npz")
     if not (folder / "seams.json").exists():
         source = data.open_split(data_dir, "val", 0, 0)
         photographs = differences(np.stack([np.asarray(source.load(i)) for i in data.spread(source, samples)]))
@@ -126,9 +128,9 @@ def run_cell(row, seed):
         value = {"seams": seams(drawn, photographs, downsample)}
         value |= {"samples": drawn.tolist(), "photographs": photographs.tolist()}
         (folder / "seams.json").write_text(json.dumps(value))
-    for log in tokenizer, dit:  # how it went: some 40 lines are enough for a curve
-        lines = (log.parent / "log.jsonl").read_text().splitlines()
-        (folder / f"{log.parent.name}.log.jsonl").write_text("\n".join(lines[::max(1, len(lines) // 40)]) + "\n")
+    for run_folder in tokenizer.parent, dit.parent:  # how it went: some 40 lines are enough for a curve
+        lines = (run_folder / "log.jsonl").read_text().splitlines()
+        (folder / f"{run_folder.name}.log.jsonl").write_text("\n".join(lines[::max(1, len(lines) // 40)]) + "\n")
 
 
 def measured(row, seed, column):

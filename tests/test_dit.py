@@ -95,7 +95,7 @@ def test_swiglu_is_its_formula():
     """Number by number in float64: with hidden units that make it as large as the usual MLP."""
     torch.manual_seed(0)
     layer = SwiGLU(12).double().requires_grad_(False)
-    assert layer.hidden == 32 and layer.fc1.out_features == 64
+    assert layer.fc2.in_features == 32 and layer.fc1.out_features == 64
     x, W, b, V, c = torch.randn(12).double(), layer.fc1.weight, layer.fc1.bias, layer.fc2.weight, layer.fc2.bias
     hidden = []
     for i in range(32):

@@ -404,7 +404,7 @@ def test_reference_may_be_the_shapes(evaluate, net, monkeypatch, tmp_path):
     assert table["gFD (net.pt2)"] == net_distance(samples, images) and "30 images of shapes" in table["measured"]
 
 
-def test_tokenizer_s_and_pairs_table(tokenizer, net, evaluate, monkeypatch, tmp_path):
+def test_tokenizer_s_and_pairs_table(tokenizer, net, evaluate, refused, monkeypatch, tmp_path):
     """The tokenizer's is that of its reconstructions, wherever they come from; fewer than ten will do. Structure loss
     is 1 - R_lat / R_tok."""
     monkeypatch.setattr(pretrained, "load_lpips", lambda *_: lambda a, b: (a - b).abs().mean((1, 2, 3), keepdim=True))
@@ -421,12 +421,17 @@ def test_tokenizer_s_and_pairs_table(tokenizer, net, evaluate, monkeypatch, tmp_
     files = dict(reference=folder_of(originals, tmp_path / "a"), samples=folder_of(reconstructions, tmp_path / "b"))
     table = evaluate(**files, paired=True, feature_net=net)
     assert numbers(table) == expected and table["constants"]["paired"] and "4 pairs" in table["measured"]
-    table = evaluate(tokenizer=tokenizer, feature_net=net, val_images=4)
+    kept = tmp_path / "reconstructions.npz"
+    table = evaluate(tokenizer=tokenizer, feature_net=net, val_images=4, statistics=kept)
     assert f"{tokenizer}: reconstructions of 4 images of shapes, 32 px" in table["measured"]
     assert "fitted on 80 training images" in table["measured"]
     before, after = table["probe on tokens"], table["probe on latents"]
     assert numbers(table) == {**expected, **{name: table[name] for name in PROBES}}
     assert table["structure loss"] == pytest.approx(1 - after / before)
+    samples = pictures(12)
+    table = evaluate(samples=npz_of(samples, tmp_path / "samples.npz"), reference=kept, feature_net=net)
+    assert table["gFD (net.pt2)"] == net_distance(samples, reconstructions)
+    assert "statistics" in refused(tokenizer=tokenizer, feature_net="none", statistics=kept)
 
 
 def test_images_without_classes_have_no_probes(tokenizer, evaluate, tmp_path, capsys):

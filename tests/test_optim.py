@@ -137,7 +137,7 @@ def test_muon_takes_the_matrices_inside_the_generator_s_blocks():
         f"blocks.{k}.{layer}.weight" for k in (0, 1) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")}
 
 
-@pytest.mark.parametrize("optimizer", optim.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_weight_decay_is_on_matrices_alone(optimizer):
     """Biases, norms and the learned tokens keep their size; everything that is trained is in one group."""
     model = joint_tokenizer()
@@ -191,13 +191,12 @@ def test_cosine_end_points():
 
 def test_update_ema():
     """m t + (1 - m) s, in place and without a gradient; m = 1 leaves it alone."""
-    trained = [torch.randn(3, 2, requires_grad=True), torch.randn(5, requires_grad=True)]
-    averaged = [torch.randn(3, 2), torch.randn(5)]
-    expected = [0.9 * t + 0.1 * s.detach() for t, s in zip(averaged, trained)]
+    trained, averaged = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2).requires_grad_(False)
+    expected = [0.9 * t + 0.1 * s.detach() for t, s in zip(averaged.parameters(), trained.parameters())]
     optim.update_ema(averaged, trained, 0.9)
-    for got, want in zip(averaged, expected):
-        torch.testing.assert_close(got, want)
+    for got, want in zip(averaged.parameters(), expected):
+        torch.testing.assert_close(got.data, want)
         assert not got.requires_grad
-    before = [t.clone() for t in averaged]
+    before = [p.clone() for p in averaged.parameters()]
     optim.update_ema(averaged, trained, 1.0)
-    assert all(map(torch.equal, averaged, before))
+    assert all(map(torch.equal, averaged.parameters(), before))

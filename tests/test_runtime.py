@@ -566,7 +566,7 @@ def test_lpips_for_training(monkeypatch):
     for dtype in "", "float32", "bfloat16":
         network = copy.deepcopy(perceptual)
         monkeypatch.setattr(pretrained, "load_lpips", lambda *_: network)
-        network = pretrained.training_lpips(runtime.Distributed("cpu", dtype)) if dtype else network
+        network = pretrained.training_lpips("vgg", runtime.Distributed("cpu", dtype)) if dtype else network
         x = b.clone().requires_grad_()
         distance = network(x, a)
         distance.sum().backward()

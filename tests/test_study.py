@@ -60,7 +60,7 @@ def test_what_samples_are_measured_by(folder, monkeypatch):
 def test_the_perceptual_loss_is_lpips_form(folder):
     """Against a loop over places, in float64; zero for the same image; and it has a gradient."""
     dist = runtime.Distributed("cpu", "float32")
-    distance = pretrained.training_lpips(dist, str(folder / "vgg.pt2"))
+    distance = pretrained.training_lpips(str(folder / "vgg.pt2"), dist)
     a, b = torch.rand(2, 2, 3, 32, 32) * 2 - 1
     maps = distance.maps
     expected = []
@@ -82,7 +82,7 @@ def test_the_perceptual_loss_is_lpips_form(folder):
 
 def test_a_missing_network_is_named(tmp_path):
     with pytest.raises(SystemExit, match="lpips_net=.*nothing.pt2: there is no such file"):
-        pretrained.training_lpips(runtime.Distributed("cpu", "float32"), str(tmp_path / "nothing.pt2"))
+        pretrained.training_lpips(str(tmp_path / "nothing.pt2"), runtime.Distributed("cpu", "float32"))
 
 
 @pytest.fixture
@@ -133,7 +133,8 @@ def test_every_command_is_valid(cell, row):
     """And a finished cell begins nothing."""
     study.run_cell(row, 3)
     assert [script for script, _ in cell] == ["train_tokenizer.py", "eval.py", "train_dit.py", "sample.py", "eval.py",
-                                              "sample.py", "eval.py"]
+                                              "sample.py", "eval.py", "eval.py"]
+    assert cell[-1][1]["reference"] == cell[1][1]["statistics"]
     tokenizer, generator = cell[0][1], cell[2][1]
     assert tokenizer["seed"] == generator["seed"] == 3
     assert tokenizer["patch_size"] == int(row[1:].split("-")[0])
@@ -155,7 +156,7 @@ def test_rows_differ_in_what_they_are_named_for_alone(cell):
         for constants, reference in zip(commands, runs["p4"]):
             different = {name for name in constants if constants[name] != reference[name]}
             assert different <= {"patch_size", "stc_depth", "ssl_method", "global_crop_size", "out_dir", "out",
-                                 "tokenizer", "checkpoint", "samples",
+                                 "reference", "statistics", "tokenizer", "checkpoint", "samples",
                                  *(["compression"] if "shuffle" in row else [])}, (row, different)
 
 
@@ -203,7 +204,7 @@ def test_pictures_of_the_tokenizers(folder, tmp_path, capsys):
             "tokenizer": TCAE.from_constants(constants).state_dict()})
     run_here(figures, only="reconstructions,colours", study_dir=tmp_path, data_dir=folder / "cifar10", out_dir=tmp_path)
     with Image.open(tmp_path / "study_reconstructions.png") as picture:
-        assert picture.height == 3 * (5 * 32 + 2)  # originals and two rows
+        assert picture.height == 16 + 3 * (4 * 32 + 2)  # originals and two rows
     assert np.asarray(Image.open(tmp_path / "study_colours.png")).std() > 1
     run_here(features, data_dir=folder / "cifar10", epochs=1, batch_size=32, width=4, out=tmp_path / "judge.pt2",
              tokenizer=tmp_path / "p4-none-seed0/tokenizer/checkpoint.pt", dtype="float32")

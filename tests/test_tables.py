@@ -468,7 +468,7 @@ def test_finetuning_s_operations_are_those_of_its_own_steps(tables, monkeypatch,
 
     monkeypatch.setattr(data.TrainLoader, "__next__", begin)
     monkeypatch.setattr(runtime.Progress, "add", end)
-    monkeypatch.setattr(pretrained, "training_lpips", lambda dist, net: lambda a, b: (vgg(a) - vgg(b)).abs())
+    monkeypatch.setattr(pretrained, "training_lpips", lambda net, dist: lambda a, b: (vgg(a) - vgg(b)).abs())
     with sdpa_kernel(SDPBackend.MATH):  # whose products are counted with every version of PyTorch
         run_here(finetune_decoder, init_from=tmp_path / "joint.pt", out_dir=tmp_path / "out", batch_size=4, epochs=3,
                  discriminator_start=1, adversarial_start=2, discriminator_weights="random",

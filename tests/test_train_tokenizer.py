@@ -439,7 +439,7 @@ def test_validation_does_not_depend_on_the_log_s_rhythm(tmp_path, here):
 
 def test_a_validation_batch_without_any_good_image(tmp_path, here, monkeypatch):
     """The last batch may be one broken file: it counts for nothing, and the run goes on."""
-    monkeypatch.setattr(data, "eval_batch", lambda _: 4)
+    monkeypatch.setattr(data, "eval_batch_size", lambda _: 4)
     monkeypatch.setattr(data, "BAD_SHARE", 0.5)
     for split, count in ("train", 8), ("val", 5):
         (tmp_path / split / "class").mkdir(parents=True)
