@@ -1,8 +1,8 @@
-"""The tokenizer on CIFAR-10 (JPEG or PNG files in train/CLASS/ and test/CLASS/), after config/cifar10_vgg.py: give it
+"""The tokenizer on CIFAR-10 (files by runs/cifar10.py), after config/cifar10_vgg.py: give it
 --data_dir=FOLDER.
 
 32 px images, latents 4 × 4 × 8: 24-fold compression, the paper's ratio; as in config/shapes_tokenizer.py the bottleneck
-merges no tokens. docs/LOG.md says what it reached, and how to get the files."""
+merges no tokens. docs/LOG.md says what it reached."""
 out_dir = "out/cifar10_tokenizer"
 image_size = 32
 workers = 2

@@ -3,6 +3,7 @@ import importlib.util
 import json
 import shlex
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 import eval as evaluation
 import pretrained
 import runtime
@@ -225,3 +227,26 @@ def test_the_paper_s_figure_6(tmp_path, monkeypatch):
     assert score == {"p8": [[10000], [60.0]], "p8-stc": [[20000, 100000], [50.0, 32.0]]}
     with pytest.raises(SystemExit, match="run runs/tables.py --table=figure6 first"):
         run_here(figures, only="figure6", tables_dir=tmp_path / "none")
+
+
+def test_cifar_10_as_files(tmp_path, monkeypatch, capsys):
+    """From an archive laid out as its page says: a byte for the class, 1,024 each for red, green and blue, row by row."""
+    cifar10 = importlib.import_module("cifar10")
+    pixels = np.random.default_rng(0).integers(256, size=(12, 32, 32, 3)).astype(np.uint8)
+    files = {"batches.meta.txt": b"cat\ndog\n\n"}
+    for part, name in enumerate([*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]):
+        files[f"{name}.bin"] = b"".join(bytes([i % 2, *pixels[i, :, :, 0].ravel(), *pixels[i, :, :, 1].ravel(),
+                                               *pixels[i, :, :, 2].ravel()]) for i in (2 * part, 2 * part + 1))
+    with tarfile.open(tmp_path / "archive", "w:gz") as tar:
+        for name, content in files.items():
+            (tmp_path / "file").write_bytes(content)
+            tar.add(tmp_path / "file", f"cifar-10-batches-bin/{name}")
+    run_here(cifar10, archive=tmp_path / "archive", out_dir=tmp_path / "out")
+    for split, first, count in ("train", 0, 10), ("test", 10, 2):
+        found = data.open_split(str(tmp_path / "out"), "train" if split == "train" else "val", 32, 0)
+        assert found.classes == ["cat", "dog"] and len(found) == count
+        for i in range(count):
+            k = int(Path(found.name(i)).stem)
+            assert found.labels[i] == k % 2 and np.array_equal(np.asarray(found.load(i)), pixels[first + k])
+    with pytest.raises(SystemExit, match="archive=.*file can't be used as cifar-10-binary.tar.gz"):
+        run_here(cifar10, archive=tmp_path / "file", out_dir=tmp_path / "out")
