@@ -5,9 +5,9 @@
 
 The loss is L_rec = L1 + λ_p LPIPS + λ_q w L_adv (Eq. 6) alone: that is how we read Table 7's α = 0. Encoder and
 bottleneck are frozen, so the latents do not change and a generator trained on them still fits. There are three phases:
-reconstruction alone; from discriminator_start on the discriminator trains beside it; from adversarial_start on its loss
-reaches the decoder. Writes out_dir/checkpoint.pt, a tokenizer like stage 1's but with the averaged decoder, log.jsonl and
-reconstructions.png.
+reconstruction alone; from discriminator_start on the discriminator trains beside it; from adversarial_start on its
+loss reaches the decoder. Writes out_dir/checkpoint.pt, a tokenizer like stage 1's but with the averaged decoder,
+log.jsonl and reconstructions.png.
 """
 import contextlib
 import copy
