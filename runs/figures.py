@@ -134,9 +134,9 @@ def flow():
 
 def study_figure():
     """study.png: how much neighbouring pixels of samples differ, where the border of latent positions shows as a peak;
-    and reconstruction, structure and generation of Table 2's rows, a dot for each seed."""
-    columns = {"rFD": "Fréchet distance of\nreconstructions ↓", "structure loss": "structure loss ↓\n(Table 1)",
-               "gFD": "Fréchet distance of\nsamples ↓"}
+    and how good reconstructions, samples and the generator alone are in Table 2's rows, a dot for each seed."""
+    columns = {"rFD": "Fréchet distance of\nreconstructions ↓", "gFD": "of samples ↓",
+               "from reconstructions": "of samples, from the\nreconstructions ↓"}
     figure, (profile, *panels) = plt.subplots(1, 4, figsize=(11.5, 2.8), width_ratios=(1.5, 1, 1, 1))
     for row, colour in ("p4-none", GREY), ("p4-stc-none", BLUE):
         path = Path(results, f"{row}-seed0", "seams.json")
@@ -149,7 +149,7 @@ def study_figure():
     profile.set_title("difference of neighbouring pixels in\nsamples: one bottleneck leaves a seam", fontsize=9.5)
     profile.set(xlabel="pixel; the latent's border is at 16", ylim=(0, None), xticks=range(0, 33, 8))
     if profile.lines:
-        profile.legend(fontsize=8, frameon=False, loc="lower left")
+        profile.legend(fontsize=8, frameon=False, loc="lower center")
     for axes, (column, title) in zip(panels, columns.items()):
         for k, (row, colour) in enumerate(zip(TABLE_2, (GREY, BLUE, ORANGE, GREEN))):
             values = [value for s in study.seeds if (value := study.measured(row, s, column)) is not None]
