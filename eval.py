@@ -481,7 +481,9 @@ def main():
     check(os.path.exists(given), f"{name}={given}: there is no such file or folder")
     check(out or not tokenizer.endswith(".py"), f"out is empty: say where the results of {tokenizer} go")
     path = out or os.path.join(os.path.dirname(given.rstrip("/")), "eval.json")
-    check(os.access(os.path.dirname(path) or ".", os.W_OK) and not os.path.isdir(path), f"out={path} can't be written")
+    for name, file in ("out", path), ("statistics", statistics):  # now, not after hours
+        check(not file or os.access(os.path.dirname(file) or ".", os.W_OK) and not os.path.isdir(file),
+              f"{name}={file} can't be written")
     dist = runtime.Distributed(device, dtype, saves=False)
     torch.set_float32_matmul_precision("highest")  # no TF32 in metrics
     torch.backends.cudnn.allow_tf32 = False

@@ -1,5 +1,4 @@
-"""The tokenizer on CIFAR-10 (files by runs/cifar10.py), after config/cifar10_vgg.py: give it
---data_dir=FOLDER.
+"""The tokenizer on CIFAR-10 (files by runs/cifar10.py), after config/cifar10_vgg.py: give it --data_dir=FOLDER.
 
 32 px images, latents 4 × 4 × 8: 24-fold compression, the paper's ratio; as in config/shapes_tokenizer.py the bottleneck
 merges no tokens. docs/LOG.md says what it reached."""

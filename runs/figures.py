@@ -188,16 +188,16 @@ def reconstructions():
                                                     for part in pixels.split(200)])
                                    for name, tcae in study_tokenizers(RECONSTRUCTED)}
 
-    def differences(images):  # (N, H, W, 3) -> (N, H, W), from the pixels to the left and above
+    def edges(images):  # (N, H, W, 3) -> (N, H, W), differences from the pixels to the left and above
         x = images.float()
         return sum(x.diff(dim=dim, prepend=x.narrow(dim, 0, 1)).abs().mean(3) for dim in (1, 2))
 
-    maps = {name: differences(images) for name, images in rows.items()}
-    seam = {name: (d[:, 16].mean(1) + d[:, :, 16].mean(1)) / d.mean((1, 2)) for name, d in maps.items()}
-    shown = (list(seam.values())[1] - seam["original"]).topk(6).indices
-    brightest = max(d.mean(0).max() for d in maps.values())
+    maps = [edges(images) for images in rows.values()]
+    original, bottleneck, *_ = [(d[:, 16].mean(1) + d[:, :, 16].mean(1)) / d.mean((1, 2)) for d in maps]  # seams
+    shown = (bottleneck - original).topk(6).indices
+    brightest = max(d.mean(0).max() for d in maps)
     cells = [torch.cat([images[shown], (d.mean(0) / brightest * 255).byte()[None, :, :, None].expand(1, -1, -1, 3)])
-             for images, d in zip(rows.values(), maps.values())]
+             for images, d in zip(rows.values(), maps)]
     path = Path(out_dir, "study_reconstructions.png")
     large = torch.cat(cells).repeat_interleave(4, 1).repeat_interleave(4, 2)  # to see seams
     data.save_grid(path, large, 7, titles=[""] * 6 + ["mean difference"], names=list(rows))

@@ -1,6 +1,6 @@
 """The paper's claim in miniature: Table 2 and its neighbours on CIFAR-10, on two CPU cores.
 
-    python runs/features.py --data_dir=cifar10                                    # first: what FD is measured with,
+    python runs/features.py --data_dir=cifar10 --width=16 --epochs=4              # first: what FD is measured with,
     python runs/features.py config/cifar10_vgg.py --data_dir=cifar10              # and the perceptual loss
     python runs/study.py --data_dir=cifar10                                       # Table 2's rows and p = 8, two seeds
     python runs/study.py --data_dir=cifar10 --rows=p16,p8,p16-none                # the rest of Table 3's

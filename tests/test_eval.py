@@ -432,6 +432,7 @@ def test_tokenizer_s_and_pairs_table(tokenizer, net, evaluate, refused, monkeypa
     table = evaluate(samples=npz_of(samples, tmp_path / "samples.npz"), reference=kept, feature_net=net)
     assert table["gFD (net.pt2)"] == net_distance(samples, reconstructions)
     assert "statistics" in refused(tokenizer=tokenizer, feature_net="none", statistics=kept)
+    assert "r.npz can't be written" in refused(tokenizer=tokenizer, statistics=tmp_path / "none" / "r.npz")
 
 
 def test_images_without_classes_have_no_probes(tokenizer, evaluate, tmp_path, capsys):
