@@ -5,11 +5,11 @@
     torchrun --nproc_per_node=8 eval.py --samples=out/samples/samples.npz --reference=VIRTUAL_imagenet256_labeled.npz
     python eval.py --samples=their_reconstructions/ --reference=originals/ --paired=True     # another tokenizer's
 
-Reconstruction: rFID, PSNR, SSIM, LPIPS, sharpness. Generation: gFID, IS, and with a `feature_net` of the generator's
-classes, in their order, the share of samples that it gives the class they were drawn for, "recognised", of all and of
-the worst class. Linear probes (Table 1): the accuracy R_tok of a linear classifier on average-pooled tokens, R_lat of
-one on average-pooled latents, and the structure loss, 1 - R_lat / R_tok; also a probe on [CLS] and pooled tokens
-together, as in DINOv2's evaluation.
+Reconstruction: rFID, PSNR, SSIM, LPIPS, sharpness. Generation: gFID, IS and, with a `feature_net` that knows the
+generator's classes in the same order, "recognised": the share of samples that it puts in the class they were drawn for,
+of all classes and of the worst. Linear probes (Table 1): the accuracy R_tok of a linear classifier on average-pooled
+tokens, R_lat of one on average-pooled latents, and the structure loss, 1 - R_lat / R_tok; also a probe on [CLS] and
+pooled tokens together, as in DINOv2's evaluation.
 Prints a table and writes it to eval.json, beside the checkpoint or the samples.
 """
 import json
@@ -35,7 +35,7 @@ tokenizer = ""  # stage 1's checkpoint, or a file.py with another tokenizer
 data_dir = ""  # as in stage 1; "" = the tokenizer's own
 val_images = 0  # how many validation images; 0 = all
 probe_images = 0  # how many training images to fit the probes on; 0 = all
-statistics = ""  # .npz for the reconstructions' feature statistics; as `reference`, gFID is the generator's error alone
+statistics = ""  # .npz to write the reconstructions' feature statistics to; as `reference`, gFID is the generator's own
 pca = False  # True: also the PSNR of PCA with as many values per image, the best linear tokenizer; up to 64 px
 
 # … or samples against a reference
@@ -50,7 +50,7 @@ probe_steps = 200  # L-BFGS steps of the probes' multinomial logistic regression
 probe_decay = 1e-4  # its L2 penalty
 batch_size = 64  # images at a time, per process
 workers = 4  # loading processes per process; 0 = load in the process itself
-out = ""  # file for the results; "" = eval.json beside the checkpoint or the samples; a must for a file.py
+out = ""  # file for the results; "" = eval.json beside the checkpoint or the samples; required for a file.py
 device = "auto"  # cuda, mps or cpu
 dtype = "auto"  # the tokenizer's matrix products; the metrics themselves are always in float32 or float64
 

@@ -161,7 +161,7 @@ def check_constants(dist):
 def main():
     constants, dist, path, resumed = runtime.start(globals(), "tokenizer", MAY_CHANGE)  # resumed: a checkpoint or None
     check_constants(dist)
-    compiling = dist.should_compile(compile)  # asked first: compile=True may not work here
+    compiling = dist.should_compile(compile)  # before the slow parts: compile=True may fail here
 
     # The images of joint training, unless data_dir names others.
     given = resumed or runtime.load_checkpoint(init_from, "init_from", kind="tokenizer")
@@ -245,7 +245,7 @@ def main():
         if perceptual:
             terms["lpips"] = perceptual(reconstruction, images).mean()
             rec = rec + lpips_weight * terms["lpips"]
-        loss = rec.detach()
+        loss = rec.detach()  # for the log; what is backpropagated is `gradient`
         gradient, = torch.autograd.grad(rec, reconstruction)  # (B, 3, H, W)
 
         # Eq. 6's last term: λ_q w L_adv, L_adv = -mean D(reconstruction). The adaptive weight w = ‖∇L_rec‖ / ‖∇L_adv‖,

@@ -7,7 +7,7 @@
     TCAE                           the tokenizer: encode(images) -> z, decode(z) -> images
     IBOTHead, JointTokenizer       the head for self-supervision; everything that stage 1 trains
     LightningDiT                   the generator, on the tokenizer's latents
-    flow_matching_loss, sample_flow    how it is trained, and how it is sampled
+    flow_matching_loss, cfg_velocity, sample_flow    how it is trained and guided, and how it is sampled
 
 Images are (B, 3, H, W) in [-1, 1]. A map is (B, D, h, w); tokens are (B, h w, D), row by row; their grid is (h, w).
 Equations, sections and tables are the paper's, arXiv 2604.07340.
@@ -24,7 +24,7 @@ DIT_SIZES = {**SIZES, "XL": (1152, 28, 16)}
 
 
 def parse_size(name, size, sizes=SIZES):
-    """"S", "B", "L" or "width/depth/heads" -> (width, depth, heads), or a ValueError that names the constant `name`."""
+    """A size, "S", "B", "L" or "width/depth/heads" -> (width, depth, heads), or a ValueError that names `name`."""
     if size in sizes:
         return sizes[size]
     numbers = size.split("/")
@@ -116,16 +116,6 @@ def init_weights(module):
         nn.init.kaiming_normal_(module.fc2.weight, nonlinearity="relu")
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.zeros_(module.bias)
-
-
-def compile_blocks(*networks):
-    """Applies torch.compile to each transformer block alone, so that blocks of the same shape share one compilation."""
-    torch._dynamo.config.cache_size_limit = 64  # one version per crop size, with and without gradient
-    torch._dynamo.config.optimize_ddp = False  # or every block would be split where DDP's buckets end
-    for network in networks:
-        for module in network.modules():
-            if isinstance(module, (Block, DiTBlock)):
-                module.compile(dynamic=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -612,3 +602,17 @@ def sample_flow(velocity, noise, steps, method="euler", shift_base=4096):
             v = (v + velocity(z + dt * v, t_next)) / 2
         z = z + dt * v
     return z
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Speed
+
+
+def compile_blocks(*networks):
+    """Applies torch.compile to each transformer block alone, so that blocks of the same shape share one compilation."""
+    torch._dynamo.config.cache_size_limit = 64  # one version per crop size, with and without gradient
+    torch._dynamo.config.optimize_ddp = False  # or every block would be split where DDP's buckets end
+    for network in networks:
+        for module in network.modules():
+            if isinstance(module, (Block, DiTBlock)):
+                module.compile(dynamic=False)

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-MATRICES = {"attn", "mlp", "compress", "expand"}  # Muon takes a weight if one is in its dotted name
+MATRICES = {"attn", "mlp", "compress", "expand"}  # Muon takes a weight if one is in its dotted name: add your module's
 
 
 class Optimizer:

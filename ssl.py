@@ -65,7 +65,8 @@ class IBOTLoss:
         return -(mask_weight * (target * log_student).sum(-1)).sum()
 
     def target(self, name, logits, temperature):
-        """The teacher's logits (N, K) -> its distributions (N, K), centred and sharpened. name: "cls" or "patch"."""
+        """The teacher's logits (N, K) -> its distributions (N, K), centred and sharpened. Also adds the logits to
+        `batch_sums`, for update_centers. name: "cls" or "patch"."""
         logits = logits.float()
         if self.sinkhorn:
             return sinkhorn_knopp(logits, temperature, self.sum_over_processes)
@@ -76,8 +77,8 @@ class IBOTLoss:
     def update_centers(self):
         """After all micro-batches of a step: centre <- 0.9 centre + 0.1 mean of the global batch."""
         for name, total in self.batch_sums.items():
-            logits, count = self.sum_over_processes(total).split([len(total) - 1, 1])
-            mean = torch.where(count > 0, logits / count.clamp(min=1), self.centers[name])  # count 0: nothing masked
+            logit_sum, count = self.sum_over_processes(total).split([len(total) - 1, 1])
+            mean = torch.where(count > 0, logit_sum / count.clamp(min=1), self.centers[name])  # count 0: nothing masked
             self.centers[name].lerp_(mean, 1 - self.center_momentum)
         self.batch_sums = {}
 
@@ -111,7 +112,7 @@ def teacher_temperature(epoch, warmup_epochs, start, end):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Masks and crops (iBOT's recipe, and DINO's; Appendix A takes each method's own: runs/tables.py has DINOv2's)
+# Masks and crops, by iBOT's recipe (Appendix A gives each method its own; DINOv2's numbers are in runs/tables.py)
 
 
 def block_mask(height, width, ratio, rng):
@@ -181,10 +182,10 @@ def collate_crops(views):
     made here, in the loading worker, since nonzero() on a GPU would synchronise.
     """
     views = {name: batch.transpose(0, 1).flatten(0, 1) for name, batch in views.items()}
-    tokens = views["mask"].flatten(1)  # (2 B, h h)
-    counts = tokens.sum(1)
+    masked = views["mask"].flatten(1)  # (2 B, h h), True = hidden
+    counts = masked.sum(1)
     weights = 1 / (counts * len(counts)).clamp(min=1)  # (2 B,): of each masked token in a crop
-    views["masked_index"] = tokens.flatten().nonzero()[:, 0]  # crop by crop, so weight k comes counts[k] times
+    views["masked_index"] = masked.flatten().nonzero()[:, 0]  # crop by crop, so weight k comes counts[k] times
     views["mask_weight"] = weights.repeat_interleave(counts)
     return views
 

@@ -152,8 +152,8 @@ def main():
         model.load_state_dict(resumed["model"])
         ema.load_state_dict(resumed["ema"])
         optimizers.load_state_dict(resumed["optimizer"])
-    # On a CPU, compiling takes 10 to 40 s and saves a quarter of every step, so it pays in a run of minutes, which
-    # 2e13 operations take. Constants alone decide, so that a resumed run decides alike.
+    # On a CPU, compiling takes 10 to 40 s and saves a quarter of every step: worth it in a run of minutes, which 2e13
+    # operations take. Only constants decide, so a resumed run decides the same.
     operations = 6 * parameters * side**2 * batch_size * steps  # 6 for each weight and token
     if dist.should_compile(compile, pays=operations > 2e13):
         compile_blocks(model, ema)
@@ -164,7 +164,7 @@ def main():
     progress = runtime.Progress(out_dir, start, steps, batch_size, dist)
     picture = os.path.join(out_dir, "samples.png")
 
-    def to_sample(step):  # what sample.py needs
+    def sampling_state(step):  # what sample.py needs
         return {**runtime.header("dit", constants, dist), "step": step, "finished": step == steps,
                 "images": len(source), "classes": source.classes, "latents_of": tcae.latents_of, "latent_shape": shape,
                 "latent_mean": tcae.latent_mean, "latent_std": tcae.latent_std, "ema": ema.state_dict()}
@@ -206,9 +206,9 @@ def main():
             progress.report(lr, loader.waited())
             loader.report_bad_files()
         if keeping and dist.first:
-            runtime.save_checkpoint(os.path.join(out_dir, f"step-{done}.pt"), to_sample(done))
+            runtime.save_checkpoint(os.path.join(out_dir, f"step-{done}.pt"), sampling_state(done))
         if saving and dist.first:
-            runtime.save_checkpoint(path, {**to_sample(done), "model": model.state_dict(),
+            runtime.save_checkpoint(path, {**sampling_state(done), "model": model.state_dict(),
                                            "optimizer": optimizers.state_dict(), "bad_files": loader.reported})
         if stopping and not last:
             return progress.stopped()

@@ -38,7 +38,7 @@ downsample = 32  # f: side of one latent position, pixels
 latent_channels = 128  # c (Table 10: 256, Table 11: 32)
 encoder = "S"  # S, B, L or width/depth/heads such as 128/4/4
 decoder = "S"  # the same (Fig. 8)
-stc_depth = 6  # M: blocks before the compression layer; 0 = no such layer (M = 12 in Table 6, whose M = 0 is p = 16)
+stc_depth = 6  # M: blocks before the compression layer; 0 = no such layer: Table 6's M = 12 (its M = 0 is p = 16)
 compression = "conv"  # or "shuffle" (Table 8)
 
 # Objective
@@ -123,7 +123,7 @@ class Views:
     global crops with their masks and L local crops. Runs in the loading workers."""
 
     def __init__(self, multi_crop):
-        self.image_size, self.multi_crop = image_size, multi_crop  # kept: a worker that isn't forked has the defaults
+        self.image_size, self.multi_crop = image_size, multi_crop  # a spawned worker imports the defaults
         self.short_side = max(image_size, multi_crop.short_side if multi_crop else 0)  # pixels of a JPEG to decode
 
     def __call__(self, image, rng):
@@ -142,7 +142,7 @@ class Views:
 def main():
     constants, dist, path, resumed = runtime.start(globals(), "tokenizer", MAY_CHANGE)  # resumed: a checkpoint or None
     check_constants(dist)
-    compiling = dist.should_compile(compile)  # asked first: compile=True may not work here
+    compiling = dist.should_compile(compile)  # before the slow parts: compile=True may fail here
 
     # Images.
     train, val = data.open_splits(data_dir, image_size, shapes_images, batch_size, resumed)
@@ -237,7 +237,7 @@ def main():
             loss = alpha * rec
 
             # Eq. 4: L_iBOT = L_[CLS] + L_MIM. From every crop the student predicts the teacher's distribution over the
-            # prototypes for [CLS] in each *other* global crop, and at its masked tokens that of the teacher, who sees
+            # prototypes: that of [CLS] in each *other* global crop and, at masked tokens, that of the teacher, who sees
             # them (L_MIM is 0 for DINO, which masks nothing). Gradients reach the encoder and the heads only.
             if self_supervised:
                 with torch.no_grad(), dist.autocast():
