@@ -10,4 +10,5 @@ warmup_steps = 100
 ema_momentum = 0.995
 log_every = 50
 save_every = 500
+keep_every = 195  # an epoch; for the curve of gFD against steps
 sample_every = 10000

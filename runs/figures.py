@@ -37,7 +37,8 @@ data_dir = "cifar10"  # for reconstructions and colours
 seed = 0  # the study's, for reconstructions and colours
 out_dir = "docs"
 
-TABLE_2 = {"p4-none": "one\nbottleneck", "p4-stc-none": "staged", "p4": "one b.\n+ iBOT", "p4-stc": "staged\n+ iBOT"}
+TABLE_2 = {"p4-none": "one\nbottleneck", "p4-stc-none": "staged", "p4": "bottleneck\n+ iBOT",
+           "p4-stc": "staged\n+ iBOT"}
 RECONSTRUCTED = {"p4-none": "one bottleneck", "p4-stc-none": "staged"}
 INK, GREY, BLUE, ORANGE, GREEN = "#222222", "#8a8a8a", "#2b6cb0", "#dd6b20", "#2f855a"
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.color": INK,
@@ -134,10 +135,9 @@ def flow():
 
 def study_figure():
     """study.png: how much neighbouring pixels of samples differ, where the border of latent positions shows as a peak;
-    and how good reconstructions, samples and the generator alone are in Table 2's rows, a dot for each seed."""
-    columns = {"rFD": "Fréchet distance of\nreconstructions ↓", "gFD": "of samples ↓",
-               "from reconstructions": "of samples, from the\nreconstructions ↓"}
-    figure, (profile, *panels) = plt.subplots(1, 4, figsize=(11.5, 2.8), width_ratios=(1.5, 1, 1, 1))
+    how good reconstructions are, a dot for each seed; and how samples improve with the generator's steps (Figure 6),
+    measured against the test images and against the tokenizer's own reconstructions."""
+    figure, (profile, dots, *curves) = plt.subplots(1, 4, figsize=(11.5, 2.8), width_ratios=(1.5, 1, 1.1, 1.1))
     for row, colour in ("p4-none", GREY), ("p4-stc-none", BLUE):
         path = Path(results, f"{row}-seed0", "seams.json")
         if path.exists():
@@ -150,16 +150,38 @@ def study_figure():
     profile.set(xlabel="pixel; the latent's border is at 16", ylim=(0, None), xticks=range(0, 33, 8))
     if profile.lines:
         profile.legend(fontsize=8, frameon=False, loc="lower center")
-    for axes, (column, title) in zip(panels, columns.items()):
-        for k, (row, colour) in enumerate(zip(TABLE_2, (GREY, BLUE, ORANGE, GREEN))):
-            values = [value for s in study.seeds if (value := study.measured(row, s, column)) is not None]
-            axes.plot([k] * len(values), values, "o", color=colour, ms=6)
-        axes.set_xticks(range(4), TABLE_2.values(), fontsize=7.5)
+
+    def measured(row, column):
+        """{seed: value}, without the seeds that were not run."""
+        values = {seed: study.measured(row, seed, column) for seed in seeds}
+        return {seed: value for seed, value in values.items() if value is not None}
+
+    seeds, last = study.seeds_found(), study.LAST_STEP
+    for k, (row, colour) in enumerate(zip(TABLE_2, (GREY, BLUE, ORANGE, GREEN))):
+        values = measured(row, "rFD")
+        places = [k + 0.15 * (seed - (len(seeds) - 1) / 2) for seed in values]  # side by side
+        dots.plot(places, values.values(), "o", color=colour, ms=5)
+        for axes, column in zip(curves, ("gFD", "from reconstructions")):
+            found = {step: measured(row, f"{column}, step {step}") for step in study.EARLY}
+            found[last] = measured(row, column)
+            for seed in seeds:
+                steps = [step for step in found if seed in found[step]]
+                axes.plot(steps, [found[step][seed] for step in steps], "o-", color=colour, ms=3.5, lw=1.2,
+                          label=TABLE_2[row].replace("\n", " ") if seed == seeds[0] else None)
+    dots.set_xticks(range(4), TABLE_2.values(), fontsize=6.5)
+    dots.margins(x=0.15, y=0.25)
+    dots.set_title("Fréchet distance of\nreconstructions ↓", fontsize=9.5)
+    titles = "Fréchet distance of\nsamples ↓", "of samples, from the tokenizer's\nreconstructions ↓"
+    for axes, title in zip(curves, titles):
         axes.set_title(title, fontsize=9.5)
-        axes.margins(x=0.15, y=0.25)
+        axes.set(xscale="log", yscale="log", xlabel="the generator's steps")
+        axes.set_xticks([*study.EARLY, last], [f"{step:,}" for step in (*study.EARLY, last)])
+        axes.minorticks_off()
+    curves[0].set_yticks([2, 3, 4, 6], [2, 3, 4, 6])
+    curves[1].set_yticks([0.3, 0.5, 1, 2, 4], [0.3, 0.5, 1, 2, 4])
+    curves[1].legend(fontsize=7, frameon=False)
     figure.text(0.5, -0.03, "CIFAR-10, 64 tokens for 4 latent positions; a dot is a seed; Fréchet distances in the "
-                            "features of a CIFAR-10 classifier; vertical axes of dots do not begin at 0",
-                ha="center", fontsize=8, color=GREY)
+                            "features of a CIFAR-10 classifier", ha="center", fontsize=8, color=GREY)
     figure.tight_layout()
     save(figure, "study.png")
 
@@ -200,7 +222,7 @@ def reconstructions():
              for images, d in zip(rows.values(), maps)]
     path = Path(out_dir, "study_reconstructions.png")
     large = torch.cat(cells).repeat_interleave(4, 1).repeat_interleave(4, 2)  # to see seams
-    data.save_grid(path, large, 7, titles=[""] * 6 + ["mean difference"], names=list(rows))
+    data.save_grid(path, large, 7, titles=[""] * 6 + ["mean edge strength"], names=list(rows))
     print(f"wrote {path}")
 
 
