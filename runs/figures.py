@@ -1,7 +1,7 @@
 """The pictures in docs/: how an image flows through TC-AE, what runs/study.py and tables.py found. Needs matplotlib.
 
     python runs/figures.py --only=flow          # the encoder's token counts, drawn
-    python runs/figures.py --only=study         # quality, structure loss and seams, from the study's results
+    python runs/figures.py --only=study         # seams, reconstructions, and samples by the generator's steps
     python runs/figures.py --only=reconstructions,colours    # from out/study: images, and tokens as colours
     python runs/figures.py --only=figure6       # the paper's Figure 6, after runs/tables.py --table=figure6
 """
@@ -151,12 +151,13 @@ def study_figure():
     if profile.lines:
         profile.legend(fontsize=8, frameon=False, loc="lower center")
 
+    seeds, last = study.seeds_found(), study.LAST_STEP
+
     def measured(row, column):
         """{seed: value}, without the seeds that were not run."""
         values = {seed: study.measured(row, seed, column) for seed in seeds}
         return {seed: value for seed, value in values.items() if value is not None}
 
-    seeds, last = study.seeds_found(), study.LAST_STEP
     for k, (row, colour) in enumerate(zip(TABLE_2, (GREY, BLUE, ORANGE, GREEN))):
         values = measured(row, "rFD")
         places = [k + 0.15 * (seed - (len(seeds) - 1) / 2) for seed in values]  # side by side
@@ -180,8 +181,9 @@ def study_figure():
     curves[0].set_yticks([2, 3, 4, 6], [2, 3, 4, 6])
     curves[1].set_yticks([0.3, 0.5, 1, 2, 4], [0.3, 0.5, 1, 2, 4])
     curves[1].legend(fontsize=7, frameon=False)
-    figure.text(0.5, -0.03, "CIFAR-10, 64 tokens for 4 latent positions; a dot is a seed; Fréchet distances in the "
-                            "features of a CIFAR-10 classifier", ha="center", fontsize=8, color=GREY)
+    figure.text(0.5, -0.03, "CIFAR-10, 64 tokens for 4 latent positions; a dot for each seed, lines: seed 0; Fréchet "
+                            "distances in a CIFAR-10 classifier's features; the second axis does not begin at 0, the "
+                            "last two are logarithmic", ha="center", fontsize=8, color=GREY)
     figure.tight_layout()
     save(figure, "study.png")
 

@@ -151,6 +151,10 @@ def test_every_command_is_valid(cell, row):
     cell.clear()
     study.run_cell(row, 3)
     assert not cell
+    for path in Path(study.out_dir).glob("*/step-*.json"):  # a generator of which no early weights were kept
+        path.unlink()
+    study.run_cell(row, 3)
+    assert not cell
 
 
 def test_rows_differ_in_what_they_are_named_for_alone(cell):
@@ -191,10 +195,16 @@ def test_the_table_and_the_pictures(tmp_path, monkeypatch, capsys):
         kept.mkdir()
         (kept / "tokenizer.json").write_text(json.dumps({"PSNR": 23.5, "rFD (cifar10_resnet.pt2)": 1.25}))
         (kept / "samples.json").write_text(json.dumps({"gFD (cifar10_resnet.pt2)": gfd}))
+        for step, own in (195, 4.0), (585, 2.0):
+            (kept / f"step-{step}.json").write_text(json.dumps({"gFD (cifar10_resnet.pt2)": gfd + own}))
+            (kept / f"step-{step}-generator.json").write_text(json.dumps({"gFD (cifar10_resnet.pt2)": own}))
+    (tmp_path / "p4-stc-none-seed2").mkdir()
+    (tmp_path / "p4-stc-none-seed2" / "tokenizer.json").write_text(json.dumps({"PSNR": 23.7}))
     monkeypatch.setattr(study, "out_dir", str(tmp_path))
-    study.print_results(["p4-none", "p4-stc"])
+    study.print_results(["p4-none", "p4-stc-none", "p4-stc"])
     out = capsys.readouterr().out
-    assert "| p4-none | 23.50 | – | 1.25 |" in out and "| p4-stc | – |" in out
+    assert "| p4-none | 23.50 / – | – / – | 1.25 / – |" in out and "| p4-stc | – / – |" in out
+    assert "| p4-stc-none | 23.50 / 23.70 |" in out
     assert "32.92 < 44.72 | 7.00 and 9.00 | holds (one seed) |" in out
     run_here(figures, out_dir=tmp_path)
     for name in "flow.png", "study.png":
