@@ -123,15 +123,22 @@ def their_score(logits):
 
 
 def together(count, work):
-    """[work(processes) of each of `count` processes], which here are threads. They fail if not all of them add up or
-    gather the same at the same time."""
-    barrier, given = threading.Barrier(count, timeout=60), [None] * count
+    """[work(processes) of each of `count` processes], which here are threads, one of which runs at a time, until all
+    exchange. They fail if not all of them add up or gather the same at the same time."""
+    barrier, given, turn = threading.Barrier(count, timeout=100), [None] * count, threading.Lock()
+
+    def wait():
+        turn.release()
+        try:
+            barrier.wait()
+        finally:
+            turn.acquire()
 
     def exchange(rank, value):
         given[rank] = value
-        barrier.wait()
+        wait()
         everyone = list(given)
-        barrier.wait()
+        wait()
         assert len({getattr(value, "shape", None) for value in everyone}) == 1
         return everyone
 
@@ -139,14 +146,21 @@ def together(count, work):
         one = process(rank, count)
         one.sum = lambda tensor: tensor.copy_(sum(exchange(rank, tensor.clone())))
         one.gather = lambda items: sum(exchange(rank, items), [])
-        try:
-            return work(one)
-        except BaseException:
-            barrier.abort()
-            raise
+        with turn:
+            try:
+                return work(one)
+            except BaseException:
+                barrier.abort()
+                raise
 
     with ThreadPoolExecutor(count) as pool:
-        return list(pool.map(run, range(count)))
+        futures = [pool.submit(run, rank) for rank in range(count)]
+    errors = [error for future in futures if (error := future.exception())]
+    for error in errors:  # the first cause, not what it did to the others
+        if not isinstance(error, threading.BrokenBarrierError):
+            raise error
+    assert not errors, "a process waited for the others in vain"
+    return [future.result() for future in futures]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

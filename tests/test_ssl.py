@@ -202,7 +202,7 @@ def cosines(*shape):
 
 def in_two_processes(function, rows):
     """function(its half of the rows, a sum over both) in two threads -> both results, one below the other."""
-    barrier, given = threading.Barrier(2, timeout=20), {}
+    barrier, given = threading.Barrier(2, timeout=100), {}
 
     def process(rank):
         def total(tensor):
