@@ -479,6 +479,9 @@ def main():
           "give either --tokenizer=CHECKPOINT, or --samples=IMAGES with --reference=IMAGES")
     name, given = ("tokenizer", tokenizer) if tokenizer else ("samples", samples)
     check(os.path.exists(given), f"{name}={given}: there is no such file or folder")
+    of_tokenizers, of_samples = ("data_dir", "val_images", "probe_images", "statistics", "pca"), ("reference", "paired")
+    for idle in of_samples if tokenizer else of_tokenizers:
+        check(not constants[idle], f"{idle}={constants[idle]} has no effect beside --{name}: leave it out")
     check(out or not tokenizer.endswith(".py"), f"out is empty: say where the results of {tokenizer} go")
     path = out or os.path.join(os.path.dirname(given.rstrip("/")), "eval.json")
     for name, file in ("out", path), ("statistics", statistics):  # now, not after hours

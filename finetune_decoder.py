@@ -9,7 +9,6 @@ reconstruction alone; from discriminator_start on the discriminator trains besid
 loss reaches the decoder. Writes out_dir/checkpoint.pt, a tokenizer like stage 1's but with the averaged decoder,
 log.jsonl and reconstructions.png.
 """
-import contextlib
 import copy
 import functools
 import math
@@ -224,6 +223,13 @@ def main():
                     "discriminator_optimizer": discriminator_optimizer.state_dict()} if discriminator else {})})
 
     for step in range(start, steps):  # none if a resumed run lacks only what comes after the loop
+        if step and step % eval_every == 0:  # or again, if a signal broke it off, after a restart
+            try:
+                progress.validated(data.validate(averaged, val, image_size, val_images, dist, picture))
+            except runtime.Stopped:
+                save(step)
+                return progress.stopped()
+
         torch.manual_seed(hash((seed, step, dist.rank)) % 2**63)  # for the augmentation, the same after a restart
         lr = optim.cosine(step, steps, learning_rate, min_learning_rate, warmup_steps)
         optimizer.param_groups[0]["lr"] = lr
@@ -290,21 +296,16 @@ def main():
             discriminator_optimizer.zero_grad()
         progress.add({"loss": loss, **terms, "grad_norm": grad_norm})
 
-        # Log, save, validate: nothing else in the loop waits for the GPU.
+        # Log and save. Nothing in the loop waits for the GPU but this and the validation.
         done, stopping = step + 1, dist.stop_requested()
-        last = done == steps
-        validating = done % eval_every == 0 and not last
-        saving = done % save_every == 0 or stopping or last
-        if done % log_every == 0 or saving or validating:
+        saving = done % save_every == 0 or stopping or done == steps
+        if done % log_every == 0 or done % eval_every == 0 or saving:
             progress.report(lr, loader.waited())
             loader.report_bad_files()
         if saving:
             save(done)
         if stopping:
             return progress.stopped()
-        if validating:
-            with contextlib.suppress(runtime.Stopped):  # a signal breaks it off; the next step saves and stops
-                progress.validated(data.validate(averaged, val, image_size, val_images, dist, picture))
     progress.bar.close()
 
     try:

@@ -145,7 +145,8 @@ class Store:
     """An array on disk that many processes fill, item by item, over any number of runs. The file is 4096 bytes of JSON
     about its contents, then `state` (count,) uint8 (0 = to do, 1 = done, 2 = failed), then `items` (count, *shape);
     both are memory-mapped. All processes of `dist` must open it together; the first creates it if need be. For several
-    nodes it must lie where their memory maps agree: on a parallel file system, not on NFS."""
+    nodes it must lie where their memory maps agree: on a parallel file system, not on NFS. An item marked as done was
+    written whole; there are no checksums, so what a disk does to it later goes unnoticed."""
 
     HEADER = 4096
 

@@ -321,14 +321,17 @@ def bar(items, dist, **words):
 
 
 class Log:
-    """log.jsonl, one line per logged step, written by the first process. Lines after `step` are removed: a run that was
-    killed after its last checkpoint repeats those steps. So are lines that can't be read."""
+    """log.jsonl, one line per logged step, written by the first process. Lines after `step` are removed, since a run that
+    was killed after its last checkpoint repeats those steps and the validation at `step`. So are lines that can't be
+    read."""
 
     def __init__(self, path, step):
         lines, unread = [], 0
         for line in Path(path).read_bytes().splitlines() if Path(path).exists() else []:
             try:
-                lines += [line + b"\n"] if json.loads(line)["step"] <= step else []
+                values = json.loads(line)
+                again = values["step"] == step and "val_psnr" in values
+                lines += [line + b"\n"] if values["step"] <= step and not again else []
             except (ValueError, KeyError, TypeError):
                 unread += 1
         if unread:

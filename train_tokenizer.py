@@ -8,7 +8,6 @@
 L = α L_rec + L_iBOT (Eq. 5), L_rec = L1 + λ_p LPIPS (Eq. 6; its adversarial term comes in finetune_decoder.py). The
 defaults are Table 7's left column. Writes out_dir/checkpoint.pt, log.jsonl and reconstructions.png.
 """
-import contextlib
 import copy
 import os
 
@@ -211,6 +210,13 @@ def main():
                    if self_supervised else {})})
 
     for step in range(start, steps):  # none if a resumed run lacks only what comes after the loop
+        if step and step % eval_every == 0:  # or again, if a signal broke it off, after a restart
+            try:
+                progress.validated(data.validate(tcae, val, image_size, val_images, dist, picture))
+            except runtime.Stopped:
+                save(step)
+                return progress.stopped()
+
         lr = optim.cosine(step, steps, learning_rate, min_learning_rate, warmup_steps)
         temperature = ssl.teacher_temperature(step / steps_per_epoch, teacher_temp_warmup_epochs, *teacher_temp)
 
@@ -270,21 +276,16 @@ def main():
             optim.update_ema(teacher, student, momentum)
         progress.add({**step_terms, "grad_norm": grad_norm})
 
-        # Log, save, validate: nothing else in the loop waits for the GPU.
+        # Log and save. Nothing in the loop waits for the GPU but this and the validation.
         done, stopping = step + 1, dist.stop_requested()
-        last = done == steps
-        validating = done % eval_every == 0 and not last
-        saving = done % save_every == 0 or stopping or last
-        if done % log_every == 0 or saving or validating:
+        saving = done % save_every == 0 or stopping or done == steps
+        if done % log_every == 0 or done % eval_every == 0 or saving:
             progress.report(lr, loader.waited())
             loader.report_bad_files()
         if saving:
             save(done)
         if stopping:
             return progress.stopped()
-        if validating:
-            with contextlib.suppress(runtime.Stopped):  # a signal breaks it off; the next step saves and stops
-                progress.validated(data.validate(tcae, val, image_size, val_images, dist, picture))
     progress.bar.close()
 
     # Later stages need latents of mean 0 and variance 1 in every channel: measure latent_mean and latent_std. That

@@ -648,9 +648,11 @@ def test_neither_or_both_and_wrong_constants(refused, unread, tokenizer, tmp_pat
     for given in {}, dict(tokenizer=tokenizer, samples=tmp_path):
         message = refused(**given)
         assert "--tokenizer" in message and "--samples" in message
+    assert "paired=True has no effect beside --tokenizer" in refused(tokenizer=tokenizer, paired=True)
     assert "lpips_net='resnet'" in refused(tokenizer=tokenizer, lpips_net="resnet")
     assert "batch_size=0" in refused(tokenizer=tokenizer, batch_size=0)
     tiny, samples = (npz_of(pictures(10, size), tmp_path / f"{size}.npz") for size in (10, 32))
+    assert "val_images=9 has no effect beside --samples" in refused(samples=tiny, reference=tiny, val_images=9)
     assert "10 pixels" in refused(samples=tiny, reference=tiny, paired=True), "SSIM needs 11"
     assert "reference is empty" in refused(samples=samples)
     assert pretrained.INCEPTION[0] in refused(samples=samples, reference=samples), "nothing would be left to measure"

@@ -381,18 +381,20 @@ def test_only_free_constants_may_change_on_resume():
 
 
 def test_log_forgets_what_came_after_the_checkpoint(tmp_path):
-    """A run killed after its last checkpoint repeats those steps; two lines for one step would be two curves."""
+    """A run killed after its last checkpoint repeats those steps, and a validation at that step; two lines for one step
+    would be two curves."""
     path = tmp_path / "log.jsonl"
     log = runtime.Log(path, 0)
     for step in range(1, 6):
         log.write(step=step, loss=step / 3)
-    log.write(step=5, val_psnr=20.5)
+        log.write(step=step, val_psnr=20.5)
     log.file.close()
     log = runtime.Log(path, 3)
     log.write(step=4, loss=1.0)
     lines = [json.loads(line) for line in path.read_text().splitlines()]  # whole, without closing the file
-    assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert lines[0]["loss"] == pytest.approx(1 / 3, abs=1e-6) and lines[3]["loss"] == 1.0
+    assert [(line["step"], "loss" in line) for line in lines] == [
+        (1, True), (1, False), (2, True), (2, False), (3, True), (4, True)]
+    assert lines[0]["loss"] == pytest.approx(1 / 3, abs=1e-6) and lines[-1]["loss"] == 1.0
 
 
 def test_log_survives_a_half_written_last_line(tmp_path):
