@@ -1,7 +1,7 @@
 """A script's constants, overridden by config files and the command line, as in nanoGPT; and how it ends.
 
     configure                configure(globals()) at the start of a script's main()
-    check, fail              end the program with one line; of several processes, the first that fails shows it
+    check, fail, first_line    end the program with one line; of several processes, the first that fails shows it
     ignore_signals, leave    loading workers end with their training process
 """
 import ast
@@ -58,6 +58,11 @@ def check(condition, message):
     """`fail(message)` unless `condition`. The message names the constant that is to blame."""
     if not condition:
         fail(message)
+
+
+def first_line(error):
+    """What an exception says, for a message of one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def ignore_signals(_):

@@ -45,8 +45,7 @@ def open_split(data_dir, split, image_size, shapes_images):
 
 
 def open_splits(data_dir, image_size, shapes_images, batch_size=1, resumed=None):
-    """The training and the validation images. They must have the same classes and fill a batch, and a run that resumes
-    from the checkpoint `resumed` must find as many as it began with."""
+    """The training and the validation images, which must have the same classes."""
     train, val = (open_split(data_dir, split, image_size, shapes_images) for split in ("train", "val"))
     check(train.classes == val.classes or [""] not in (train.classes, val.classes),
           f"data_dir={data_dir}: only one of train/ and val/ has class folders; sort the other's images into some, or "
@@ -54,11 +53,17 @@ def open_splits(data_dir, image_size, shapes_images, batch_size=1, resumed=None)
     odd = sorted(set(train.classes) ^ set(val.classes))
     check(not odd, "data_dir: the training and the validation images must have the same classes, but only one of them "
                    f"has {', '.join(odd[:5])}" + (f" and {len(odd) - 5} more" if len(odd) > 5 else ""))
+    check_training_images(train, batch_size, resumed)
+    return train, val
+
+
+def check_training_images(train, batch_size, resumed):
+    """They must fill a batch and, for a run that resumes from the checkpoint `resumed`, be those that it began with."""
     check(batch_size <= len(train), f"batch_size={batch_size} is more than the {len(train)} training images")
     if resumed:
-        check(resumed["images"] == len(train), f"data_dir={data_dir} has {len(train)} training images; the run to "
-              f"resume began with {resumed['images']}")
-    return train, val
+        check((len(train), train.classes) == (resumed["images"], resumed.get("classes", train.classes)),
+              f"data_dir has {len(train)} training images of {len(train.classes)} classes, others than the "
+              f"{resumed['images']} that the run to resume began with")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -151,11 +156,12 @@ class TrainLoader:
         self.batches = iter(data_loader(TrainBatches(source, transform, seed, collate, short_side), order, workers,
                                         pin_memory=dist.device.type == "cuda"))
         self.source, self.dist, self.seconds, self.bad = source, dist, 0.0, []
-        before, still = (resumed or {}).get("bad_files", {}), []
-        for i in range(len(source)) if before else ():  # those that were mended meanwhile no longer count
-            if source.name(i) in before:
-                try_load(source, i, still, transform, np.random.default_rng(0))
-        self.reported = dict(still)  # {name: reason}
+        named = resumed["bad_files"] if resumed else {}
+        still_bad = []  # without those that were mended meanwhile
+        for i in range(len(source) if named else 0):
+            if source.name(i) in named:
+                try_load(source, i, still_bad, transform, np.random.default_rng(0))
+        self.reported = dict(still_bad)  # {name: reason}
 
     def __iter__(self):
         return self
@@ -192,15 +198,13 @@ def training_order(images, batch_size, start, steps, seed, rank=0, count=1, micr
     """Yields [(epoch, image), …] for every micro-batch of process `rank`. Each epoch is a new permutation; its last,
     partial batch is dropped."""
     steps_per_epoch = images // batch_size
-    share = batch_size // (count * micro_batches)
-    order_of = None
     for step in range(start, steps):
         epoch, k = divmod(step, steps_per_epoch)
-        if epoch != order_of:
-            order_of, order = epoch, np.random.default_rng([seed, ORDER_STREAM, epoch]).permutation(images)
-        first = k * batch_size + rank * micro_batches * share
-        for part in range(micro_batches):
-            yield [(epoch, int(i)) for i in order[first + part * share:first + (part + 1) * share]]
+        if step == start or k == 0:
+            order = np.random.default_rng([seed, ORDER_STREAM, epoch]).permutation(images)
+        batch = order[k * batch_size:(k + 1) * batch_size].reshape(count, micro_batches, -1)
+        for micro_batch in batch[rank].tolist():
+            yield [(epoch, i) for i in micro_batch]
 
 
 class TrainBatches(torch.utils.data.Dataset):
@@ -264,7 +268,7 @@ class CenterCrops(torch.utils.data.Dataset):
             if crop is not None:
                 crops.append(crop[None])
                 indices.append(i)
-        return torch.from_numpy(np.concatenate(crops)), torch.tensor(indices), bad
+        return torch.from_numpy(np.concatenate(crops)), torch.tensor(indices, dtype=torch.long), bad
 
 
 def try_load(source, i, bad, view, *more, **options):

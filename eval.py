@@ -90,7 +90,7 @@ def evaluate_tokenizer(dist):
     if pca:
         values = int(np.prod(tcae.latent_shape))
         results[f"PSNR of PCA, {values} values"] = pca_psnr(train, val, values, size, dist)
-    fitted = int(dist.sum(torch.tensor(float(len(torch.cat(of_train.labels))))))
+    fitted = int(dist.sum(torch.tensor(float(sum(map(len, of_train.labels))))))
     about = f"{count} images of {where}, {size} px; probes fitted on {fitted} training images"
     return f"{tokenizer}: reconstructions of {about}", {**results, **probes(of_train, of_val, dist)}
 
@@ -104,11 +104,7 @@ def evaluate_samples(dist):
           f"samples={samples} holds {len(images)} images; IS needs {FeatureSums.SPLITS} at least")
     target = read_statistics(reference)
     other = None if target else open_reference(size)
-    check(feature_net != "none", "feature_net=none: FID and IS, which samples are measured by, need a network")
-    try:
-        network = open_feature_net(size, dist)
-    except pretrained.MissingWeights as error:
-        runtime.fail(f"FID and IS need weights: {error}")
+    network = load_network("FID and IS", "feature_net", lambda: open_feature_net(size, dist), dist, required=True)
     if target:
         mean, cov = (tuple(statistic.shape) for statistic in target)
         check(mean + mean == cov == (network.features,) * 2,
@@ -141,13 +137,13 @@ def evaluate_pairs(dist):
     images = open_images(samples, "samples")
     size = side_of(images)
     other = open_reference(size)
-    order = partners(images, other)
+    partner = partners(images, other)
     pairs = PairMetrics(len(images), size, dist)
     for (a, of_a), (b, of_b) in zip(
             data.eval_loader(images, size, batch_size, dist, workers, title="pairs", keep_empty=True),
-            data.eval_loader(other, size, batch_size, dist, workers, indices=order, keep_empty=True), strict=True):
-        of_b = torch.from_numpy(order.argsort())[of_b.long()]  # whose partners they are
-        in_a, in_b = torch.isin(of_a, of_b), torch.isin(of_b, of_a)  # pairs of which both images could be decoded
+            data.eval_loader(other, size, batch_size, dist, workers, indices=partner, keep_empty=True), strict=True):
+        wanted = partner[of_a]  # of_a, of_b: which images of a batch could be decoded
+        in_a, in_b = torch.isin(wanted, of_b), torch.isin(of_b, wanted)  # pairs of which both could
         if in_a.any():
             pairs.add(b[in_b], a[in_a], of_a[in_a])
     count, results = pairs.results(dist)
@@ -182,15 +178,17 @@ def drawn_classes(images, classes):
 
 
 def partners(images, other):
-    """The index in `other` of each image's partner: of the same path in its folder, else file name, else last number."""
-    def by_name(source, pattern):  # {what the pattern finds in an image's name, or None: the image's index}
+    """(N,): image i's partner is image partners[i] of `other`: of the same path in its folder, else file name, else last
+    number."""
+    def by_name(source, pattern):  # {what the pattern finds in an image's name: the image's number}
         names = [source.name(i).removeprefix(getattr(source, "root", "")) for i in range(len(source))]
-        return {match and match[1]: i for i, match in enumerate(re.search(pattern, name) for name in names)}
+        found = [re.search(pattern, name) for name in names]
+        return {match[1]: i for i, match in enumerate(found)} if all(found) else {}
 
     for pattern in r"^/?(.*)\.\w+$", r"([^/]*)\.\w+$", r"0*(\d+)\D*$":
         a, b = by_name(images, pattern), by_name(other, pattern)
-        if a.keys() == b.keys() and None not in a and len(a) == len(images) == len(other):
-            return np.array([b[name] for name in a])
+        if a.keys() == b.keys() and len(a) == len(images) == len(other):
+            return torch.tensor([b[name] for name in a])
     runtime.fail(f"paired=True: samples={samples}, {len(images)} images, and reference={reference}, {len(other)}, must "
                  "have the same paths, file names or numbers in them (0, 1, … in an .npz)")
 
@@ -207,14 +205,15 @@ def open_feature_net(size, dist):
     return pretrained.Inception.pretrained(path).to(dist.device).eval()
 
 
-def load_network(metric, constant, load, dist):
-    """load(); or None, and a message, if the constant is "none" or weights are missing."""
+def load_network(metric, constant, load, dist, required=False):
+    """load(); or None and a message, if `constant` is "none" or weights are missing. required: then it is the end."""
     why = f"{constant}=none"
-    try:
-        if globals()[constant] != "none":
+    if globals()[constant] != "none":
+        try:
             return load()
-    except pretrained.MissingWeights as error:
-        why = error
+        except pretrained.MissingWeights as error:
+            why = error
+    check(not required, f"{metric} can't be measured: {why}")
     dist.print(f"{metric} will not be measured: {why}")
 
 
@@ -268,7 +267,9 @@ class PairMetrics:
         self.network = load_network("rFID", "feature_net", lambda: open_feature_net(size, dist), dist)
         self.perceptual = load_network("LPIPS", "lpips_net", lambda: pretrained.load_lpips(lpips_net, dist), dist)
         self.device, self.sums = dist.device, torch.zeros(6, dtype=torch.float64)  # the last is the count
-        self.features = [FeatureSums(self.network, images, dist.device) for _ in range(2 if self.network else 0)]
+        self.features = []  # of the originals and of the reconstructions
+        if self.network:
+            self.features = [FeatureSums(self.network, images, dist.device) for _ in range(2)]
 
     def add(self, originals, reconstructions, indices):
         """uint8 (B, H, W, 3) twice, and their numbers (B,)."""
@@ -472,21 +473,20 @@ def chunks(features, labels, size=65536):
 
 def main():
     constants = runtime.configure(globals())
-    for name in "batch_size", "probe_steps":
-        check(constants[name] > 0, f"{name}={constants[name]} must be at least 1")
+    runtime.check_positive(constants, "batch_size", "probe_steps")
     check(lpips_net in ("vgg", "alex", "none"), f"lpips_net={lpips_net!r}: it is 'vgg', 'alex' or 'none'")
     check(bool(tokenizer) != bool(samples),
           "give either --tokenizer=CHECKPOINT, or --samples=IMAGES with --reference=IMAGES")
     name, given = ("tokenizer", tokenizer) if tokenizer else ("samples", samples)
     check(os.path.exists(given), f"{name}={given}: there is no such file or folder")
-    of_tokenizers, of_samples = ("data_dir", "val_images", "probe_images", "statistics", "pca"), ("reference", "paired")
-    for idle in of_samples if tokenizer else of_tokenizers:
-        check(not constants[idle], f"{idle}={constants[idle]} has no effect beside --{name}: leave it out")
+    unread = ("reference", "paired") if tokenizer else ("data_dir", "val_images", "probe_images", "statistics", "pca")
+    for other in unread:
+        check(not constants[other], f"{other}={constants[other]} has no effect beside --{name}: leave it out")
     check(out or not tokenizer.endswith(".py"), f"out is empty: say where the results of {tokenizer} go")
     path = out or os.path.join(os.path.dirname(given.rstrip("/")), "eval.json")
-    for name, file in ("out", path), ("statistics", statistics):  # now, not after hours
-        check(not file or os.access(os.path.dirname(file) or ".", os.W_OK) and not os.path.isdir(file),
-              f"{name}={file} can't be written")
+    for constant, file in ("out", path), ("statistics", statistics):  # now, not after hours
+        writable = os.access(os.path.dirname(file) or ".", os.W_OK) and not os.path.isdir(file)
+        check(not file or writable, f"{constant}={file} can't be written")
     dist = runtime.Distributed(device, dtype, saves=False)
     torch.set_float32_matmul_precision("highest")  # no TF32 in metrics
     torch.backends.cudnn.allow_tf32 = False

@@ -143,7 +143,6 @@ def augment_differentiably(images):
 def check_constants(dist):
     """Checks across constants. Each message names the constant and says what to do."""
     runtime.check_training(globals(), dist, positive=("eval_every",))
-    check(decoder_ema < 1, f"decoder_ema={decoder_ema} must be below 1")
     check(discriminator_start <= adversarial_start,
           f"discriminator_start={discriminator_start} must not be later than adversarial_start={adversarial_start}")
     check(not adversarial_weight or adversarial_start < epochs,
@@ -205,7 +204,7 @@ def main():
         compile_blocks(tcae, *([discriminator] if discriminator else []))
     wrapped_decoder = dist.distribute(decoder)
     wrapped_discriminator = dist.distribute(discriminator) if discriminator else None
-    runtime.make_folder(out_dir, dist)
+    runtime.make_folder(out_dir, own=True)
     picture = os.path.join(out_dir, "reconstructions.png")
     crop = functools.partial(data.random_crop, size=image_size)
     loader = data.TrainLoader(train, crop, batch_size, start, steps, seed, dist, short_side=image_size, workers=workers,
@@ -223,7 +222,7 @@ def main():
                     "discriminator_optimizer": discriminator_optimizer.state_dict()} if discriminator else {})})
 
     for step in range(start, steps):  # none if a resumed run lacks only what comes after the loop
-        if step and step % eval_every == 0:  # or again, if a signal broke it off, after a restart
+        if step and step % eval_every == 0:  # before the step, so that a run stopped here repeats it when resumed
             try:
                 progress.validated(data.validate(averaged, val, image_size, val_images, dist, picture))
             except runtime.Stopped:

@@ -148,9 +148,9 @@ class Npz:
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, fortran, kind = read(file)
-            check(kind == np.uint8 and len(shape) == 4 and shape[0] and shape[1] == shape[2] and shape[3] == 3,
-                  f"{constant}={path}: arr_0 is {kind} {shape}; it must be uint8 (N, H, H, 3)")
-            check(not fortran, f"{constant}={path}: arr_0 is in Fortran order; write it with numpy.ascontiguousarray")
+            square = len(shape) == 4 and shape[0] and shape[1] == shape[2] and shape[3] == 3
+            check(kind == np.uint8 and square and not fortran, f"{constant}={path}: arr_0 is {kind} {shape} in "
+                  f"{'Fortran' if fortran else 'C'} order; it must be uint8 (N, H, H, 3) in C order")
             self.images = np.memmap(path, kind, "r", file.tell(), shape)
         self.root, self.constant = path, constant
 
@@ -169,8 +169,7 @@ class Npz:
 
 def open_images(path, constant):
     """The images at `path`, the value of the constant that is called `constant`."""
-    check(path, f"{constant} is empty: a folder of images or an .npz file")
-    check(os.path.exists(path), f"{constant}={path}: there is no such file or folder")
+    check(os.path.exists(path), f"{constant}={path}: there is no such file or folder of images")
     if os.path.isdir(path):
         return ImageFolder(path, constant, by_class=False)
     check(zipfile.is_zipfile(path), f"{constant}={path} is neither a folder nor a whole .npz file")

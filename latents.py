@@ -3,7 +3,7 @@
     open_tokenizer                 from stage 1's checkpoint, or from a Python file (runs/tokenizers/ has examples)
     measure_latents, measure_once  the mean and std of its latents; another tokenizer's are kept beside the cache
     Store                          an array on disk that many processes fill
-    fill_cache, Pairs, encode      the data set as latents, encoded once into a file, or on the fly
+    fill_cache, LatentDataset, encode    the data set as latents, encoded once into a file, or on the fly
 """
 import importlib.util
 import json
@@ -40,17 +40,17 @@ def open_tokenizer(path, dist, dit_checkpoint=None):
         if dist.first:
             dist.wait()
         tokenizer, latents_of = OtherTokenizer(network), runtime.fingerprint(network.state_dict())
-        settings = {"data_dir": "imagenet", "shapes_images": 20000}
-        known = (name for name in (*settings, *OtherTokenizer.SIZES) if hasattr(network, name))
-        settings |= {name: getattr(network, name) for name in known}
+        settings = {name: getattr(network, name) for name in OtherTokenizer.SIZES}
+        settings |= {"data_dir": getattr(network, "data_dir", "imagenet"),
+                     "shapes_images": getattr(network, "shapes_images", 20000)}
     else:
         saved = runtime.load_checkpoint(path, "tokenizer", kind="tokenizer")
         tokenizer, settings = TCAE.from_checkpoint(saved), saved["constants"]
         latents_of = runtime.fingerprint(saved["tokenizer"], without="decoder.")  # which finetuning changes
     side = settings["image_size"] // settings["downsample"]
     tokenizer.latent_shape, tokenizer.latents_of = (settings["latent_channels"], side, side), latents_of
-    for name in "image_size", "data_dir", "shapes_images":
-        setattr(tokenizer, name, settings[name])
+    tokenizer.image_size, tokenizer.data_dir = settings["image_size"], settings["data_dir"]
+    tokenizer.shapes_images = settings["shapes_images"]
     if dit_checkpoint:
         check(dit_checkpoint["latents_of"] == latents_of, f"tokenizer={path} has other latents than the generator was "
               f"trained on, those of {dit_checkpoint['constants']['tokenizer']}")
@@ -60,7 +60,6 @@ def open_tokenizer(path, dist, dit_checkpoint=None):
 
 def run_file(path):
     """What the function `tokenizer` of a Python file returns."""
-    check(Path(path).is_file(), f"tokenizer={path}: there is no such file")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -68,7 +67,7 @@ def run_file(path):
         check(hasattr(module, "tokenizer"), f"tokenizer={path} has no function tokenizer()")
         network = module.tokenizer()
     except (ImportError, OSError) as error:  # a package that isn't installed, weights that can't be downloaded
-        runtime.fail(f"tokenizer={path}: {str(error).strip().splitlines()[0]}", everywhere=False)
+        runtime.fail(f"tokenizer={path}: {runtime.first_line(error)}", everywhere=False)
     missing = [name for name in OtherTokenizer.NEEDED if not hasattr(network, name)]
     check(isinstance(network, nn.Module) and not missing, f"tokenizer={path}: tokenizer() must return a "
           f"torch.nn.Module with {', '.join(missing or OtherTokenizer.NEEDED)}")
@@ -175,13 +174,13 @@ class Store:
     @classmethod
     def differences(cls, path, about):
         """In words, how the file at `path` differs from `about`; "" if it doesn't, or if there is no file."""
-        if not os.path.exists(path):
-            return ""
-        with open(path, "rb") as file:
-            try:
+        try:
+            with open(path, "rb") as file:
                 says = dict(json.loads(file.read(cls.HEADER)))
-            except (ValueError, TypeError):
-                return "it is not a file of this project"
+        except FileNotFoundError:
+            return ""
+        except (OSError, ValueError, TypeError):
+            return "it is not a file of this project"
         return "; ".join(f"{name} was {says.get(name)!r}, is {value!r}" for name, value in about.items()
                          if says.get(name) != value)
 
@@ -203,7 +202,7 @@ class Store:
 # The data set as latents: encoded once into a cache, or on the fly
 
 
-class Pairs:
+class LatentDataset:
     """`source` as latents, for data.TrainLoader. Each item is an image and its mirror image: latents (2, c, h, w)
     float16 from the cache, or, without one, pixels (2, H, W, 3) uint8."""
 
@@ -237,24 +236,23 @@ def encode(tcae, pixels, dist):
 
 
 def open_store(path, tcae, source, rebuild, count, shape, dtype, dist):
-    """The file at `path`, made if it isn't there, or if `rebuild`; not if it is of another tokenizer or other images."""
-    check(os.path.isdir(os.path.dirname(path) or "."), f"cache={path}: there is no such folder")
+    """The file at `path`, made if it isn't there, or if `rebuild`; refused if it is of another tokenizer or other
+    images. A run that is to fill it has it for itself; a complete one can be shared."""
     about = {"tokenizer": tcae.latents_of, "image_size": tcae.image_size, "images": len(source),
              "files": source.fingerprint()}
-    lock = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.lock"), f"cache: {path}"
+    lock_file = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.lock")
     if rebuild or not os.path.exists(path):
-        check(os.access(os.path.dirname(path) or ".", os.W_OK), f"cache: {path} can't be made, its folder is read-only")
-        dist.lock(*lock)
-    if rebuild and dist.first and os.path.exists(path):
-        os.remove(path)
+        runtime.lock(lock_file, f"cache={path}")
+    if rebuild and dist.first:
+        Path(path).unlink(missing_ok=True)
     dist.wait()  # until the old file is gone
     differences = Store.differences(path, about)
-    check(not differences, f"cache: {path} was made from something else ({differences}). "
+    check(not differences, f"cache={path} was made from something else ({differences}). "
                            "--rebuild_cache=True replaces it, another --cache keeps both")
     store = Store(path, about, count, shape, dtype, dist)
-    if (store.state == 0).any() and store.items.flags.writeable:
-        dist.lock(*lock)  # a complete one can be shared
-    check(store.items.flags.writeable or store.state.all(), f"cache: {path} is incomplete, and can't be written")
+    if (store.state == 0).any():  # items are left to fill
+        check(store.items.flags.writeable, f"cache={path} is incomplete, and can't be written")
+        runtime.lock(lock_file, f"cache={path}")
     return store
 
 
@@ -270,7 +268,8 @@ def fill_cache(path, tcae, source, rebuild, workers, dist):
         both = torch.stack([pixels, pixels.flip(2)], dim=1).flatten(0, 1)  # (2 b, H, W, 3): image, mirror image, …
         z = encode(tcae, both, dist).cpu().unflatten(0, (-1, 2))  # (b, 2, c, h, w)
         store.put(indices.numpy(), z.numpy())
-    mine = todo[dist.rank::dist.count]
-    store.state[mine[store.state[mine] != 1]] = 2  # these could not be used; the next run tries them again
+    mine = todo[dist.rank::dist.count]  # as eval_loader divides them
+    failed = mine[store.state[mine] != 1]
+    store.state[failed] = 2  # could not be used; the next run tries them again
     store.flush()
     return store

@@ -24,12 +24,14 @@ class Optimizer:
     """
 
     def __init__(self, model, constants, dist, undecayed=lambda name, parameter: False):
-        matrices, decayed, kept = [], [], []
-        for name, p in model.named_parameters():
-            muon = constants["optimizer"] == "muon" and p.ndim > 1 and MATRICES & set(name.split("."))
-            if p.requires_grad:
-                (matrices if muon else kept if undecayed(name, p) else decayed).append(p)
-        groups = [group for group in ({"params": decayed}, {"params": kept, "weight_decay": 0.0}) if group["params"]]
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        matrices = []
+        if constants["optimizer"] == "muon":
+            inner = [name for name, p in trained.items() if p.ndim > 1 and MATRICES & set(name.split("."))]
+            matrices = [trained.pop(name) for name in inner]
+        groups = [{"params": [p for name, p in trained.items() if not undecayed(name, p)]},
+                  {"params": [p for name, p in trained.items() if undecayed(name, p)], "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
         rate, decay = constants["learning_rate"], constants["weight_decay"]
         self.parts = {"adamw": torch.optim.AdamW(groups, lr=rate, betas=constants["betas"], weight_decay=decay,
                                                  fused=dist.device.type in ("cuda", "cpu"))}

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import Block, init_weights, parse_size, to_tokens
-from runtime import check, fail
+from runtime import check, fail, first_line
 
 DINO_WEIGHTS = ("https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth",
                 "")  # no checksum is published; that every name and shape fits is checked
@@ -103,8 +103,7 @@ class FeatureNet:
                 (_, self.features), (_, self.classes) = features.shape, logits.shape
         except Exception as error:
             fail(f"feature_net={path} must be a file of torch.export.save that takes uint8 (B, {side}, {side}, 3) for "
-                 "any B and returns features (B, D) and logits (B, K): "
-                 + (str(error).strip() or type(error).__name__).splitlines()[0])
+                 f"any B and returns features (B, D) and logits (B, K): {first_line(error)}")
 
     def __call__(self, pixels):
         return self.net(pixels)
@@ -161,7 +160,7 @@ class DINO(nn.Module):
             self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         except Exception as error:
             fail(f"discriminator_weights=dino: {path} is another file or damaged; remove it and start again "
-                 f"({str(error).splitlines()[0]})", everywhere=False)
+                 f"({first_line(error)})", everywhere=False)
 
     def forward(self, images):
         images = F.interpolate(images, (self.input_size, self.input_size), mode="bilinear")

@@ -1,7 +1,7 @@
 """What every script needs to start, log, stop and resume. Nothing here is about images.
 
     Distributed            this process among the others: device, precision, sums over all of them, SIGTERM
-    start, check_training, make_folder    how a training script begins
+    start, check_training, make_folder, lock    how a script begins
     whole_file, save_checkpoint, load_checkpoint, check_resumable, header, fingerprint
     Log, Progress, bar     log.jsonl, and what a terminal or a batch job's log shows
 
@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from configurator import SIGNALS, check, configure, fail, first_traceback, ignore_signals  # noqa: F401
+from configurator import SIGNALS, check, configure, fail, first_line, first_traceback, ignore_signals  # noqa: F401
 
 HERE = Path(__file__).parent
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # torch.load unpickles nothing, whichever library calls it
@@ -60,13 +60,12 @@ class Distributed:
             torch.distributed.init_process_group(backend)
             sys.excepthook = first_traceback
             self.check_same(same)
-        check(seed < 2**63, f"seed={seed} must be below 2^63")
-        torch.manual_seed(seed)
         torch.set_float32_matmul_precision("high")  # TF32 for matrix products that stay in float32
         torch.set_flush_denormal(True)  # numbers below 1e-38 become 0: they slow a CPU down many times
         check(dtype in ("auto", "bfloat16", "float32"), f"dtype={dtype!r}: it is 'auto', 'bfloat16' or 'float32'")
         self.dtype = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and self.bf16_pays() else torch.float32
-        self.stop, self.locks = False, {}
+        torch.manual_seed(seed)  # after bf16_pays, which draws random numbers
+        self.stop = False
         for number in SIGNALS if saves else ():
             signal.signal(number, self.on_signal)
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else \
@@ -87,7 +86,7 @@ class Distributed:
                 return torch.device("cuda", torch.cuda.current_device())
             return torch.zeros(0, device=name).device
         except Exception as error:
-            fail(f"device={name!r} can't be used here: {str(error).splitlines()[0]}", everywhere=False)
+            fail(f"device={name!r} can't be used here: {first_line(error)}", everywhere=False)
 
     def bf16_pays(self):
         """Whether bfloat16 is faster: on CUDA if the GPU supports it, on a CPU by a 20 ms test, and then only if it is
@@ -104,19 +103,19 @@ class Distributed:
 
     def should_compile(self, wanted, pays=False):
         """Whether to compile the blocks. `wanted` is the constant `compile`: "True", "False" or "auto", which means yes
-        on CUDA, and on a CPU if it `pays` and there is a C++ compiler."""
+        on CUDA, and on a CPU if it `pays`, unless it does not work there."""
         check(wanted in ("auto", "True", "False"), f"compile={wanted!r}: it is 'auto', True or False")
-        if wanted == "auto" and self.device.type == "cuda":
-            return True
-        if wanted == "False" or wanted == "auto" and not (pays and self.device.type == "cpu"):
+        worthwhile = self.device.type == "cuda" or self.device.type == "cpu" and pays
+        if wanted == "False" or wanted == "auto" and not worthwhile:
             return False
         try:
             torch.compile(lambda x: x + 1)(torch.ones(2, device=self.device))
             return True
         except Exception as error:
+            why = f"compile={wanted} does not work here (a CPU needs a C++ compiler for it): {first_line(error)}"
             if wanted == "True":
-                fail("compile=True does not work here (a CPU needs a C++ compiler for it): "
-                     f"{str(error).splitlines()[0]}", everywhere=False)
+                fail(why, everywhere=False)
+            self.print(f"{why}; going on without")
             return False
 
     def autocast(self):
@@ -166,24 +165,10 @@ class Distributed:
         if self.count > 1:
             torch.distributed.barrier()
 
-    def lock(self, path, what):
-        """Until close(), `what` belongs to this run, and another one ends with one line. `path`: the file to lock. The
-        kernel frees it however this process ends, and its loading workers never have it."""
-        if self.first and path not in self.locks:
-            file = self.locks[path] = open(path, "a+")
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                fail(f"{what} is in use by {Path(path).read_text()}: wait until it ends, or choose another")
-            except OSError as error:  # some network file systems have no locks
-                print(f"{what} can't be locked ({error.strerror}): see that no other run writes there")
-            file.truncate(0)
-            print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=file, flush=True)
-
     def close(self):
         """All processes exit together: one that exits while the first still draws or measures would seem to fail."""
-        for file in self.locks.values():
-            file.close()
+        while LOCKED:
+            LOCKED.popitem()[1].close()
         if self.count > 1:
             self.wait()
             torch.distributed.destroy_process_group()
@@ -202,6 +187,7 @@ def start(script, kind, may_change):
     if os.path.exists(path):
         check(constants["resume"],
               f"out_dir={out_dir} holds a run already: --resume=True continues it, another --out_dir begins a new one")
+        make_folder(out_dir, own=True)  # before it is read: a run that is being stopped saves once more
         resumed = load_checkpoint(path, "out_dir")
         check(resumed.get("kind") == kind, f"out_dir={out_dir} holds another kind of checkpoint: {resumed.get('kind')}")
         check_resumable(resumed["constants"], constants, may_change)
@@ -228,8 +214,7 @@ def check_resumable(saved, constants, may_change):
 
 def check_training(constants, dist, positive=()):
     """Checks the constants that all training scripts have; those in `positive` must be at least 1, too."""
-    for name in ("epochs", "batch_size", "log_every", "save_every", *positive):
-        check(constants[name] > 0, f"{name}={constants[name]} must be at least 1")
+    check_positive(constants, "epochs", "batch_size", "log_every", "save_every", *positive)
     chosen = constants.get("optimizer", "adamw")
     check(chosen in ("adamw", "muon"), f"optimizer={chosen!r}: it is adamw or muon")
     batch_size, parts, betas = constants["batch_size"], dist.count * constants.get("accumulate", 1), constants["betas"]
@@ -238,16 +223,46 @@ def check_training(constants, dist, positive=()):
     for name in ("warmup_epochs", "decay_epoch"):
         check(constants.get(name, 0) <= constants["epochs"],
               f"{name}={constants.get(name)} is more than epochs={constants['epochs']}")
+    for name in ("teacher_momentum", "decoder_ema", "ema_momentum", "label_dropout"):
+        check(constants.get(name, 0) < 1, f"{name}={constants.get(name)} must be at least 0 and below 1")
 
 
-def make_folder(path, dist=None, constant="out_dir"):
-    """Makes the folder, which `constant` names, unless it is there. With `dist` it is locked for this run."""
+def check_positive(constants, *names):
+    for name in names:
+        check(constants[name] > 0, f"{name}={constants[name]} must be at least 1")
+
+
+def make_folder(path, constant="out_dir", own=False):
+    """Makes the folder, which `constant` names, unless it is there. own: it is locked for this run."""
     try:
         os.makedirs(path, exist_ok=True)
-        if dist:
-            dist.lock(os.path.join(path, ".lock"), f"{constant}={path}")
     except OSError as error:
         fail(f"{constant}={path} can't be written to: {error.strerror}", everywhere=False)
+    if own:
+        lock(os.path.join(path, ".lock"), f"{constant}={path}")
+
+
+LOCKED = {}  # {path: open file} of what this process has locked
+
+
+def lock(path, what):
+    """Until Distributed.close(), `what` belongs to this run, and another one ends with one line. `path`: the file to
+    lock. The kernel frees it however this process ends, and its loading workers never have it."""
+    if int(os.environ.get("RANK", 0)) > 0 or path in LOCKED:  # the first process does it for all
+        return
+    try:
+        file = open(path, "a+")
+    except OSError as error:
+        fail(f"{what} can't be written to: {error.strerror}", everywhere=False)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{what} is in use by {Path(path).read_text()}: wait until it ends, or choose another")
+    except OSError as error:  # some network file systems have no locks
+        print(f"{what} can't be locked ({error.strerror}): see that no other run writes there")
+    LOCKED[path] = file
+    file.truncate(0)
+    print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=file, flush=True)
 
 
 @contextlib.contextmanager
@@ -281,7 +296,7 @@ def load_checkpoint(path, name, kind=None):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         fail(f"{name}={path} is not a checkpoint of this project, or it is damaged: "
-             f"{str(error).splitlines()[0]}", everywhere=False)
+             f"{first_line(error)}", everywhere=False)
     check(isinstance(state, dict), f"{name}={path} is not a checkpoint of this project")
     check(kind in (None, state.get("kind")), f"{name}={path} is a checkpoint of something else: {state.get('kind')}")
     check(kind != "tokenizer" or state["finished"],
@@ -330,8 +345,8 @@ class Log:
         for line in Path(path).read_bytes().splitlines() if Path(path).exists() else []:
             try:
                 values = json.loads(line)
-                again = values["step"] == step and "val_psnr" in values
-                lines += [line + b"\n"] if values["step"] <= step and not again else []
+                if values["step"] < step or values["step"] == step and "val_psnr" not in values:
+                    lines.append(line + b"\n")
             except (ValueError, KeyError, TypeError):
                 unread += 1
         if unread:

@@ -53,26 +53,25 @@ def main():
     check(method in ("euler", "heun"), f"method={method!r}: it is 'euler' or 'heun'")
     check(len(cfg_interval) == 2 and cfg_interval[0] <= cfg_interval[1],
           f"cfg_interval={cfg_interval} must be (low, high)")
-    for name in "steps", "batch_size", "per_class":
-        check(constants[name] > 0, f"{name}={constants[name]} must be at least 1")
+    runtime.check_positive(constants, "steps", "batch_size", "per_class")
     dist = runtime.Distributed(device, dtype, seed)
     saved = runtime.load_checkpoint(checkpoint, "checkpoint", kind="dit")
     check(use_ema or "model" in saved, f"use_ema=False: {checkpoint} holds averaged weights only")
     tcae = open_tokenizer(tokenizer or saved["constants"]["tokenizer"], dist, dit_checkpoint=saved)
-    names, shape, weights = saved["classes"], tcae.latent_shape, saved["ema" if use_ema else "model"]
+    names, shape = saved["classes"], tcae.latent_shape  # (c, h, w)
+    weights = saved["ema" if use_ema else "model"]
     dit = LightningDiT(saved["constants"]["size"], shape[0], shape[1], len(names)).eval().to(dist.device)
     dit.load_state_dict(weights)
-    chosen = classes.split(",") if classes else range(len(names) if num_samples else min(10, len(names)))
-    for k in map(str, chosen):
-        check(k.strip().isdecimal() and int(k) < len(names),
-              f"classes={classes}: {k!r} is not a class, 0 to {len(names) - 1}")
+    valid = [str(k) for k in range(len(names))]
+    chosen = [k.strip() for k in classes.split(",")] if classes else valid if num_samples else valid[:10]
+    for k in chosen:
+        check(k in valid, f"classes={classes}: {k!r} is not a class, 0 to {len(names) - 1}")
     if len(names) == 1 and cfg_scale != 1:
         dist.print(f"cfg_scale={cfg_scale}: the generator knows one class, so guidance has nothing to push towards")
-    count = num_samples or per_class * len(chosen)
-    labels = np.array([int(chosen[i % len(chosen)]) for i in range(count)])  # the classes in turn
+    labels = np.resize([int(k) for k in chosen], num_samples or per_class * len(chosen))  # the classes in turn
 
     # A picture takes the same path as 50,000 samples: all processes fill one file, and a stopped run can continue.
-    runtime.make_folder(out_dir, dist)
+    runtime.make_folder(out_dir, own=True)
     part = os.path.join(out_dir, "samples.part")
     about = {"generator": runtime.fingerprint(weights), "tokenizer": runtime.fingerprint(tcae.state_dict()),
              "labels": runtime.fingerprint({"": torch.from_numpy(labels)}), "steps": steps, "method": method,

@@ -16,7 +16,7 @@ import torch
 import data
 import optim
 import runtime
-from latents import OtherTokenizer, Pairs, encode, fill_cache, measure_once, open_tokenizer
+from latents import LatentDataset, OtherTokenizer, encode, fill_cache, measure_once, open_tokenizer
 from model import LightningDiT, cfg_velocity, compile_blocks, flow_matching_loss, sample_flow, shift_time
 from runtime import check
 
@@ -71,8 +71,6 @@ MAY_CHANGE = {  # with --resume=True; all other constants must be those that the
 def check_constants(dist):
     """Checks across constants. Each message names the constant and says what to do."""
     runtime.check_training(globals(), dist, positive=("accumulate", "sample_every", "sample_steps", "shift_base"))
-    for name in "label_dropout", "ema_momentum":
-        check(globals()[name] < 1, f"{name}={globals()[name]} must be at least 0 and below 1")
     try:
         with torch.device("meta"):
             LightningDiT(size, 1, 1, 1)
@@ -88,7 +86,7 @@ class Example:
         self.shape, self.null_class, self.label_dropout = shape, null_class, label_dropout
 
     def __call__(self, item, rng):
-        """An item of latents.Pairs -> its latents (c, h, w) or pixels (H, W, 3), t, noise (c, h, w), label."""
+        """An item of latents.LatentDataset -> its latents (c, h, w) or pixels (H, W, 3), t, noise (c, h, w), label."""
         mirrored = rng.random() < 0.5
         t = 1 / (1 + np.exp(-rng.standard_normal()))
         noise = rng.standard_normal(self.shape, np.float32)
@@ -113,35 +111,33 @@ def main():
     constants, dist, path, resumed = runtime.start(globals(), "dit", MAY_CHANGE)  # resumed: a checkpoint or None
     check_constants(dist)
     dist.should_compile(compile)  # only to fail now, not after an hour of encoding, if compile=True doesn't work here
-    runtime.make_folder(out_dir, dist)
+    runtime.make_folder(out_dir, own=True)
 
     # The tokenizer, frozen
     tcae = open_tokenizer(tokenizer, dist, dit_checkpoint=resumed)
-    shape = channels, side, _ = tcae.latent_shape
+    shape = tcae.latent_shape  # (c, h, w)
 
     # The data: latents from the cache, or pixels to encode in every step
     source = data.open_split(data_dir or tcae.data_dir, "train", tcae.image_size, tcae.shapes_images)
-    check(batch_size <= len(source), f"batch_size={batch_size} is more than the {len(source)} training images")
+    data.check_training_images(source, batch_size, resumed)
     steps_per_epoch = len(source) // batch_size
     steps, decay_step = epochs * steps_per_epoch, round((decay_epoch or epochs) * steps_per_epoch)
     check(warmup_steps <= steps, f"warmup_steps={warmup_steps} is more than all {steps} steps")
-    check(not resumed or (resumed["images"], resumed["classes"]) == (len(source), source.classes),
-          f"data_dir has {len(source)} training images of {len(source.classes)} classes, others than {path} began with")
     cache_path = cache or os.path.join(out_dir, "latents.cache")
     store = None  # without a cache
     try:
-        if isinstance(tcae, OtherTokenizer):
+        if isinstance(tcae, OtherTokenizer) and not resumed:  # a resumed run has them from its checkpoint
             measure_once(f"{cache_path}.statistics", tcae, source, rebuild_cache, workers, dist)
         if cache_latents:
             store = fill_cache(cache_path, tcae, source, rebuild_cache, workers, dist)
     except runtime.Stopped:
         dist.print(f"stopped: what is encoded stays in {cache_path}; the next run continues from there")
         return dist.close()
-    pairs = Pairs(source, tcae.image_size, store)
+    latents = LatentDataset(source, tcae.image_size, store)
 
     # The generator, its averaged weights and its optimizer
     torch.manual_seed(seed)  # again: encoding may have used random numbers
-    model = LightningDiT(size, channels, side, len(source.classes)).to(dist.device)
+    model = LightningDiT(size, shape[0], shape[1], len(source.classes)).to(dist.device)
     ema = copy.deepcopy(model).requires_grad_(False)
     parameters = sum(p.numel() for p in model.parameters())
     optimizers = optim.Optimizer(model, constants, dist)
@@ -154,12 +150,12 @@ def main():
         optimizers.load_state_dict(resumed["optimizer"])
     # On a CPU, compiling takes 10 to 40 s and saves a quarter of every step: worth it in a run of minutes, which 2e13
     # operations take. Only constants decide, so a resumed run decides the same.
-    operations = 6 * parameters * side**2 * batch_size * steps  # 6 for each weight and token
+    operations = 6 * parameters * shape[1] * shape[2] * batch_size * steps  # 6 for each weight and token
     if dist.should_compile(compile, pays=operations > 2e13):
         compile_blocks(model, ema)
     wrapped = dist.distribute(model)
 
-    loader = data.TrainLoader(pairs, Example(shape, model.null_class), batch_size, start, steps, seed, dist,
+    loader = data.TrainLoader(latents, Example(shape, model.null_class), batch_size, start, steps, seed, dist,
                               micro_batches=accumulate, workers=workers, resumed=resumed)
     progress = runtime.Progress(out_dir, start, steps, batch_size, dist)
     picture = os.path.join(out_dir, "samples.png")
@@ -212,9 +208,9 @@ def main():
                                            "optimizer": optimizers.state_dict(), "bad_files": loader.reported})
         if stopping and not last:
             return progress.stopped()
-        if drawing and dist.first:
-            draw_samples(ema, tcae, shape, source.classes, picture, dist)
         if drawing:
+            if dist.first:
+                draw_samples(ema, tcae, shape, source.classes, picture, dist)
             progress.start_clock()
     progress.bar.close()
     dist.print(f"wrote {path} and {picture}: step {steps}")

@@ -101,17 +101,16 @@ def check_constants(dist):
           f"batch_size={batch_size} must be at least {2 * micro_batches}: KoLeo compares a micro-batch's images")
     check(ssl_method == "none" or freeze_prototypes_epochs <= epochs,
           f"freeze_prototypes_epochs={freeze_prototypes_epochs} is more than epochs={epochs}")
-    check(teacher_momentum <= 1, f"teacher_momentum={teacher_momentum} must be between 0 and 1")
     check(len(teacher_temp) == 2 and min(teacher_temp) > 0, f"teacher_temp={teacher_temp} must be two numbers above 0")
     for name in ("global_crop_scale", "local_crop_scale"):
         pair = globals()[name]
         check(len(pair) == 2 and 0 < pair[0] <= pair[1] <= 1, f"{name}={pair} must be two shares, 0 < low <= high <= 1")
     if ssl_method != "none":
         unit = output_patch(patch_size, stc_depth)
-        for name in ["global_crop_size"] + ["local_crop_size"] * (local_crops > 0):
+        for name in ("global_crop_size", "local_crop_size") if local_crops else ("global_crop_size",):
             size = globals()[name]
-            check(size % unit == 0, f"{name}={size} must be a multiple of {unit} pixels (patch_size={patch_size}"
-                  f"{' × 2 for staged compression' if stc_depth else ''}): {max(1, size // unit) * unit} or "
+            check(size % unit == 0, f"{name}={size} must be a multiple of the {unit} pixels that a token stands for "
+                  f"(patch_size={patch_size}, stc_depth={stc_depth}): {size // unit * unit or unit} or "
                   f"{(size // unit + 1) * unit}")
         check(global_crop_size >= 2 * unit,
               f"global_crop_size={global_crop_size} must be at least {2 * unit}: a single token can't be masked")
@@ -129,13 +128,17 @@ class Views:
         """One image -> its views, {"images": uint8 (H, W, 3), "global_crops": uint8 (2, g, g, 3), …}."""
         pixels = np.array(image)
         views = {"images": data.random_crop(pixels, rng, self.image_size)}
-        return {**views, **self.multi_crop(pixels, rng)} if self.multi_crop else views
+        if self.multi_crop:
+            views |= self.multi_crop(pixels, rng)
+        return views
 
     def collate(self, examples):
         """The views of B images -> a micro-batch, {"images": (B, H, W, 3), "global_crops": (2 B, g, g, 3), …}."""
         batch = default_collate(examples)
+        if not self.multi_crop:
+            return batch
         images = batch.pop("images")
-        return {"images": images, **(ssl.collate_crops(batch) if self.multi_crop else {})}
+        return {"images": images, **ssl.collate_crops(batch)}
 
 
 def main():
@@ -192,7 +195,7 @@ def main():
     if compiling:
         compile_blocks(model, *([teacher] if self_supervised else []))
     wrapped = dist.distribute(model)
-    runtime.make_folder(out_dir, dist)
+    runtime.make_folder(out_dir, own=True)
     picture = os.path.join(out_dir, "reconstructions.png")
     transform = Views(multi_crop)
     loader = data.TrainLoader(train, transform, batch_size, start, steps, seed, dist, collate=transform.collate,
@@ -201,16 +204,16 @@ def main():
     progress = runtime.Progress(out_dir, start, steps, batch_size, dist)
 
     def save(step, finished=False):
+        state = {**runtime.header("tokenizer", constants, dist), "step": step, "finished": finished,
+                 "images": len(train), "bad_files": loader.reported,
+                 "tokenizer": tcae.state_dict(), "optimizer": optimizers.state_dict()}
+        if self_supervised:
+            state |= {"heads": heads.state_dict(), "teacher": teacher.state_dict(), "centers": ibot.centers}
         if dist.first:
-            runtime.save_checkpoint(path, {
-                **runtime.header("tokenizer", constants, dist), "step": step, "finished": finished,
-                "images": len(train), "bad_files": loader.reported,
-                "tokenizer": tcae.state_dict(), "optimizer": optimizers.state_dict(),
-                **({"heads": heads.state_dict(), "teacher": teacher.state_dict(), "centers": ibot.centers}
-                   if self_supervised else {})})
+            runtime.save_checkpoint(path, state)
 
     for step in range(start, steps):  # none if a resumed run lacks only what comes after the loop
-        if step and step % eval_every == 0:  # or again, if a signal broke it off, after a restart
+        if step and step % eval_every == 0:  # before the step, so that a run stopped here repeats it when resumed
             try:
                 progress.validated(data.validate(tcae, val, image_size, val_images, dist, picture))
             except runtime.Stopped:
@@ -224,8 +227,8 @@ def main():
         for micro_batch in range(accumulate):
             # What Views made of B images: "images" (B, 3, H, W) to reconstruct; for self-supervision "global_crops"
             # (2 B, 3, g, g), "local_crops" (L B, 3, l, l) and the masks that ssl.collate_crops describes.
-            views = {name: x.to(dist.device, non_blocking=True) for name, x in next(loader).items()}
-            views |= {name: data.to_float(x, dist.device) for name, x in views.items() if x.dtype == torch.uint8}
+            views = {name: data.to_float(x, dist.device) if x.dtype == torch.uint8 else
+                     x.to(dist.device, non_blocking=True) for name, x in next(loader).items()}
             images = views["images"]
             wrapped.require_backward_grad_sync = micro_batch == accumulate - 1  # DDP exchanges gradients once a step
 

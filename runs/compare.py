@@ -40,7 +40,7 @@ def main():
     rows = [name.strip() for name in names.split(",")] if names else folders if len({*folders}) == len(paths) else paths
     check(paths, "checkpoints is empty: files of train_dit.py, separated by commas")
     check(len(rows) == len(paths), f"names={names}: {len(rows)} names for {len(paths)} checkpoints")
-    check(per_class > 0, f"per_class={per_class} must be at least 1")
+    runtime.check_positive(globals(), "per_class")
     known = [runtime.load_checkpoint(path, "checkpoints", kind="dit")["classes"] for path in paths]
     check(all(each == known[0] for each in known), "checkpoints: they were trained on different classes")
     chosen = classes or ",".join(map(str, range(min(10, len(known[0])))))

@@ -654,7 +654,7 @@ def test_neither_or_both_and_wrong_constants(refused, unread, tokenizer, tmp_pat
     tiny, samples = (npz_of(pictures(10, size), tmp_path / f"{size}.npz") for size in (10, 32))
     assert "val_images=9 has no effect beside --samples" in refused(samples=tiny, reference=tiny, val_images=9)
     assert "10 pixels" in refused(samples=tiny, reference=tiny, paired=True), "SSIM needs 11"
-    assert "reference is empty" in refused(samples=samples)
+    assert "reference=: there is no such file" in refused(samples=samples)
     assert pretrained.INCEPTION[0] in refused(samples=samples, reference=samples), "nothing would be left to measure"
     for name in "train/cat", "train/dog", "val/cat":
         folder_of(pictures(2), tmp_path / name)

@@ -145,7 +145,7 @@ def test_the_published_weights_are_asked_for_as_safetensors(monkeypatch):
 
 
 @pytest.mark.parametrize("text, words", [
-    (None, ["there is no such file"]), ("import nowhere_to_be_found", ["No module named 'nowhere_to_be_found'"]),
+    (None, ["No such file"]), ("import nowhere_to_be_found", ["No module named 'nowhere_to_be_found'"]),
     ("x = 1", ["has no function tokenizer()"]), ("def tokenizer(): return 1", ["torch.nn.Module with encode, decode"]),
     ("import torch\ndef tokenizer(): return torch.nn.Identity()", ["torch.nn.Module with encode, decode, image_size"]),
     ("def tokenizer(): raise OSError('no network\\nhere')", ["no network"])])
