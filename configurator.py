@@ -1,7 +1,7 @@
 """A script's constants, overridden by config files and the command line, as in nanoGPT; and how it ends.
 
     configure                configure(globals()) at the start of a script's main()
-    check, fail, first_line    end the program with one line; of several processes, the first that fails shows it
+    check, fail              end the program with one line; of several processes, the first that fails shows it
     ignore_signals, leave    loading workers end with their training process
 """
 import ast

@@ -62,8 +62,8 @@ def check_training_images(train, batch_size, resumed):
     check(batch_size <= len(train), f"batch_size={batch_size} is more than the {len(train)} training images")
     if resumed:
         check((len(train), train.classes) == (resumed["images"], resumed.get("classes", train.classes)),
-              f"data_dir has {len(train)} training images of {len(train.classes)} classes, others than the "
-              f"{resumed['images']} that the run to resume began with")
+              f"data_dir: {len(train)} training images of {len(train.classes)} classes are not the "
+              f"{resumed['images']} images, of the same classes, that the run to resume began with")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ def main():
         compile_blocks(tcae, *([discriminator] if discriminator else []))
     wrapped_decoder = dist.distribute(decoder)
     wrapped_discriminator = dist.distribute(discriminator) if discriminator else None
-    runtime.make_folder(out_dir, own=True)
+    runtime.make_folder(out_dir, dist)
     picture = os.path.join(out_dir, "reconstructions.png")
     crop = functools.partial(data.random_crop, size=image_size)
     loader = data.TrainLoader(train, crop, batch_size, start, steps, seed, dist, short_side=image_size, workers=workers,

@@ -169,7 +169,7 @@ class Npz:
 
 def open_images(path, constant):
     """The images at `path`, the value of the constant that is called `constant`."""
-    check(os.path.exists(path), f"{constant}={path}: there is no such file or folder of images")
+    check(os.path.exists(path), f"{constant}={path}: there is no such folder of images or .npz file")
     if os.path.isdir(path):
         return ImageFolder(path, constant, by_class=False)
     check(zipfile.is_zipfile(path), f"{constant}={path} is neither a folder nor a whole .npz file")

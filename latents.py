@@ -179,7 +179,9 @@ class Store:
                 says = dict(json.loads(file.read(cls.HEADER)))
         except FileNotFoundError:
             return ""
-        except (OSError, ValueError, TypeError):
+        except OSError as error:
+            runtime.fail(f"{path} can't be read: {error.strerror}", everywhere=False)
+        except (ValueError, TypeError):
             return "it is not a file of this project"
         return "; ".join(f"{name} was {says.get(name)!r}, is {value!r}" for name, value in about.items()
                          if says.get(name) != value)
@@ -240,9 +242,9 @@ def open_store(path, tcae, source, rebuild, count, shape, dtype, dist):
     images. A run that is to fill it has it for itself; a complete one can be shared."""
     about = {"tokenizer": tcae.latents_of, "image_size": tcae.image_size, "images": len(source),
              "files": source.fingerprint()}
-    lock_file = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.lock")
+    lock = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.lock"), f"cache={path}"
     if rebuild or not os.path.exists(path):
-        runtime.lock(lock_file, f"cache={path}")
+        dist.lock(*lock)
     if rebuild and dist.first:
         Path(path).unlink(missing_ok=True)
     dist.wait()  # until the old file is gone
@@ -252,7 +254,7 @@ def open_store(path, tcae, source, rebuild, count, shape, dtype, dist):
     store = Store(path, about, count, shape, dtype, dist)
     if (store.state == 0).any():  # items are left to fill
         check(store.items.flags.writeable, f"cache={path} is incomplete, and can't be written")
-        runtime.lock(lock_file, f"cache={path}")
+        dist.lock(*lock)
     return store
 
 

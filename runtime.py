@@ -1,7 +1,7 @@
 """What every script needs to start, log, stop and resume. Nothing here is about images.
 
     Distributed            this process among the others: device, precision, sums over all of them, SIGTERM
-    start, check_training, make_folder, lock    how a script begins
+    start, check_training, check_positive, make_folder    how a script begins
     whole_file, save_checkpoint, load_checkpoint, check_resumable, header, fingerprint
     Log, Progress, bar     log.jsonl, and what a terminal or a batch job's log shows
 
@@ -65,7 +65,8 @@ class Distributed:
         check(dtype in ("auto", "bfloat16", "float32"), f"dtype={dtype!r}: it is 'auto', 'bfloat16' or 'float32'")
         self.dtype = torch.bfloat16 if dtype == "bfloat16" or dtype == "auto" and self.bf16_pays() else torch.float32
         torch.manual_seed(seed)  # after bf16_pays, which draws random numbers
-        self.stop = False
+        self.stop, self.locks = False, {}
+        self.seen = {}  # {the checkpoint: when it was written}, as start() found it
         for number in SIGNALS if saves else ():
             signal.signal(number, self.on_signal)
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else \
@@ -110,13 +111,16 @@ class Distributed:
             return False
         try:
             torch.compile(lambda x: x + 1)(torch.ones(2, device=self.device))
-            return True
+            works = 1.0
         except Exception as error:
-            why = f"compile={wanted} does not work here (a CPU needs a C++ compiler for it): {first_line(error)}"
             if wanted == "True":
-                fail(why, everywhere=False)
-            self.print(f"{why}; going on without")
+                fail("compile=True does not work here (a CPU needs a C++ compiler for it): "
+                     f"{first_line(error)}", everywhere=False)
+            works = 0.0
+        if self.sum(torch.tensor(works)) < self.count:  # all processes do the same
+            self.print("compile=auto does not work here (is there a C++ compiler?): going on without")
             return False
+        return True
 
     def autocast(self):
         """A context in which matrix products run in `dtype`."""
@@ -165,10 +169,28 @@ class Distributed:
         if self.count > 1:
             torch.distributed.barrier()
 
+    def lock(self, path, what):
+        """Until close(), `what` belongs to this run, and another one ends with one line. `path`: the file to lock. The
+        kernel frees it however this process ends, and its loading workers never have it."""
+        if not self.first or path in self.locks:
+            return
+        try:
+            file = self.locks[path] = open(path, "a+")
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(f"{what} is in use by {Path(path).read_text()}: wait until it ends, or choose another")
+            except OSError as error:  # some network file systems have no locks
+                print(f"{what} can't be locked ({error.strerror}): see that no other run writes there")
+            file.truncate(0)
+            print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=file, flush=True)
+        except OSError as error:
+            fail(f"{what} can't be written to: {error.strerror}", everywhere=False)
+
     def close(self):
         """All processes exit together: one that exits while the first still draws or measures would seem to fail."""
-        while LOCKED:
-            LOCKED.popitem()[1].close()
+        for file in self.locks.values():
+            file.close()
         if self.count > 1:
             self.wait()
             torch.distributed.destroy_process_group()
@@ -184,10 +206,10 @@ def start(script, kind, may_change):
     names in `may_change`. A run that is finished ends here."""
     constants, resumed = configure(script), None
     out_dir, path = constants["out_dir"], os.path.join(constants["out_dir"], "checkpoint.pt")
+    seen = {path: modified(path)}  # before it is read; make_folder looks again
     if os.path.exists(path):
         check(constants["resume"],
               f"out_dir={out_dir} holds a run already: --resume=True continues it, another --out_dir begins a new one")
-        make_folder(out_dir, own=True)  # before it is read: a run that is being stopped saves once more
         resumed = load_checkpoint(path, "out_dir")
         check(resumed.get("kind") == kind, f"out_dir={out_dir} holds another kind of checkpoint: {resumed.get('kind')}")
         check_resumable(resumed["constants"], constants, may_change)
@@ -200,6 +222,7 @@ def start(script, kind, may_change):
         raise SystemExit
     if resumed:
         dist.print(f"resumed from {path} at step {resumed['step']}")
+    dist.seen = seen
     git_revision()  # now, for the checkpoints to come
     return constants, dist, path, resumed
 
@@ -213,7 +236,7 @@ def check_resumable(saved, constants, may_change):
 
 
 def check_training(constants, dist, positive=()):
-    """Checks the constants that all training scripts have; those in `positive` must be at least 1, too."""
+    """Checks the constants that several training scripts have; those in `positive` must be at least 1, too."""
     check_positive(constants, "epochs", "batch_size", "log_every", "save_every", *positive)
     chosen = constants.get("optimizer", "adamw")
     check(chosen in ("adamw", "muon"), f"optimizer={chosen!r}: it is adamw or muon")
@@ -232,37 +255,20 @@ def check_positive(constants, *names):
         check(constants[name] > 0, f"{name}={constants[name]} must be at least 1")
 
 
-def make_folder(path, constant="out_dir", own=False):
-    """Makes the folder, which `constant` names, unless it is there. own: it is locked for this run."""
+def make_folder(path, dist=None, constant="out_dir"):
+    """Makes the folder, which `constant` names, unless it is there. With `dist` it is locked for this run."""
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as error:
         fail(f"{constant}={path} can't be written to: {error.strerror}", everywhere=False)
-    if own:
-        lock(os.path.join(path, ".lock"), f"{constant}={path}")
+    if dist:
+        dist.lock(os.path.join(path, ".lock"), f"{constant}={path}")
+        check(dist.seen == {file: modified(file) for file in dist.seen}, f"{constant}={path}: another run, which was "
+              "being stopped, has saved there since this one looked; start it again")
 
 
-LOCKED = {}  # {path: open file} of what this process has locked
-
-
-def lock(path, what):
-    """Until Distributed.close(), `what` belongs to this run, and another one ends with one line. `path`: the file to
-    lock. The kernel frees it however this process ends, and its loading workers never have it."""
-    if int(os.environ.get("RANK", 0)) > 0 or path in LOCKED:  # the first process does it for all
-        return
-    try:
-        file = open(path, "a+")
-    except OSError as error:
-        fail(f"{what} can't be written to: {error.strerror}", everywhere=False)
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"{what} is in use by {Path(path).read_text()}: wait until it ends, or choose another")
-    except OSError as error:  # some network file systems have no locks
-        print(f"{what} can't be locked ({error.strerror}): see that no other run writes there")
-    LOCKED[path] = file
-    file.truncate(0)
-    print(f"process {os.getpid()} on {os.uname().nodename}", end="", file=file, flush=True)
+def modified(path):
+    return os.stat(path).st_mtime_ns if os.path.exists(path) else None
 
 
 @contextlib.contextmanager

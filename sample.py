@@ -71,7 +71,7 @@ def main():
     labels = np.resize([int(k) for k in chosen], num_samples or per_class * len(chosen))  # the classes in turn
 
     # A picture takes the same path as 50,000 samples: all processes fill one file, and a stopped run can continue.
-    runtime.make_folder(out_dir, own=True)
+    runtime.make_folder(out_dir, dist)
     part = os.path.join(out_dir, "samples.part")
     about = {"generator": runtime.fingerprint(weights), "tokenizer": runtime.fingerprint(tcae.state_dict()),
              "labels": runtime.fingerprint({"": torch.from_numpy(labels)}), "steps": steps, "method": method,

@@ -111,7 +111,7 @@ def main():
     constants, dist, path, resumed = runtime.start(globals(), "dit", MAY_CHANGE)  # resumed: a checkpoint or None
     check_constants(dist)
     dist.should_compile(compile)  # only to fail now, not after an hour of encoding, if compile=True doesn't work here
-    runtime.make_folder(out_dir, own=True)
+    runtime.make_folder(out_dir, dist)
 
     # The tokenizer, frozen
     tcae = open_tokenizer(tokenizer, dist, dit_checkpoint=resumed)
@@ -126,7 +126,7 @@ def main():
     cache_path = cache or os.path.join(out_dir, "latents.cache")
     store = None  # without a cache
     try:
-        if isinstance(tcae, OtherTokenizer) and not resumed:  # a resumed run has them from its checkpoint
+        if isinstance(tcae, OtherTokenizer):
             measure_once(f"{cache_path}.statistics", tcae, source, rebuild_cache, workers, dist)
         if cache_latents:
             store = fill_cache(cache_path, tcae, source, rebuild_cache, workers, dist)

@@ -195,7 +195,7 @@ def main():
     if compiling:
         compile_blocks(model, *([teacher] if self_supervised else []))
     wrapped = dist.distribute(model)
-    runtime.make_folder(out_dir, own=True)
+    runtime.make_folder(out_dir, dist)
     picture = os.path.join(out_dir, "reconstructions.png")
     transform = Views(multi_crop)
     loader = data.TrainLoader(train, transform, batch_size, start, steps, seed, dist, collate=transform.collate,

@@ -654,7 +654,7 @@ def test_neither_or_both_and_wrong_constants(refused, unread, tokenizer, tmp_pat
     tiny, samples = (npz_of(pictures(10, size), tmp_path / f"{size}.npz") for size in (10, 32))
     assert "val_images=9 has no effect beside --samples" in refused(samples=tiny, reference=tiny, val_images=9)
     assert "10 pixels" in refused(samples=tiny, reference=tiny, paired=True), "SSIM needs 11"
-    assert "reference=: there is no such file" in refused(samples=samples)
+    assert "reference=: there is no such folder" in refused(samples=samples)
     assert pretrained.INCEPTION[0] in refused(samples=samples, reference=samples), "nothing would be left to measure"
     for name in "train/cat", "train/dog", "val/cat":
         folder_of(pictures(2), tmp_path / name)
@@ -700,8 +700,8 @@ def test_results_are_whole_or_not_there(given, evaluate, monkeypatch, tmp_path):
     ("samples", lambda path: folder_of(pictures(9), path) and folder_of(pictures(2, 40), path / "z"),
      ["32 × 32", "40 × 40"], {}),
     ("samples", lambda path: folder_of(pictures(10)[:, :20], path), ["32 × 20"], {}),
-    ("reference", lambda path: None, ["no such file"], dict(feature_net="")),
-    ("reference", lambda path: None, ["no such file"], dict(feature_net="", paired=True)),
+    ("reference", lambda path: None, ["no such folder"], dict(feature_net="")),
+    ("reference", lambda path: None, ["no such folder"], dict(feature_net="", paired=True)),
     ("reference", lambda path: npz_of(pictures(12, 40), path), ["another size", "32"], dict(feature_net="")),
     ("reference", lambda path: npz_of(pictures(11), path), ["12", "11"], dict(feature_net="", paired=True)),
     ("reference", lambda path: np.savez(path, mu=np.zeros(8), sigma=np.eye(8)), ["no arr_0"], dict(paired=True)),

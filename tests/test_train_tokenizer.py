@@ -537,6 +537,14 @@ def test_sigterm_in_a_validation_is_not_waited_for(straight, here, tmp_path, mon
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
 
 
+def test_a_run_that_another_one_saves_while_this_one_starts(tmp_path, here, monkeypatch):
+    """It was being stopped, which takes seconds; its last steps must not be lost."""
+    plain = data.open_splits
+    monkeypatch.setattr(data, "open_splits", lambda *given: ((tmp_path / "checkpoint.pt").touch(), plain(*given))[1])
+    assert "start it again" in failure(here, out_dir=tmp_path)
+    assert not (tmp_path / "log.jsonl").exists()
+
+
 def test_a_loss_that_breaks_stops_the_run_and_keeps_the_checkpoint(tmp_path, here):
     """With the step and the term, and the last checkpoint as it was before."""
     message = failure(here, learning_rate=1e30, warmup_epochs=0, save_every=1, out_dir=tmp_path)
