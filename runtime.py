@@ -90,16 +90,17 @@ class Distributed:
             fail(f"device={name!r} can't be used here: {first_line(error)}", everywhere=False)
 
     def bf16_pays(self):
-        """Whether bfloat16 is faster: on CUDA if the GPU supports it, on a CPU by a 20 ms test, and then only if it is
-        faster for every process."""
+        """Whether bfloat16 is faster: on CUDA if the GPU supports it, on a CPU by a test, and then only if it is faster
+        for every process. The test takes 20 ms, or a fifth of a second on a CPU that has no instructions for it."""
         if self.device.type != "cpu":
             return self.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
-        def seconds(dtype):
-            a, b = torch.randn(2048, 256).to(dtype), torch.randn(256, 512).to(dtype)
-            return sorted(timeit.repeat(lambda: a @ b, number=1, repeat=8))[4]
+        def seconds(dtype, repeat):
+            a, b = torch.randn(1024, 256).to(dtype), torch.randn(256, 512).to(dtype)
+            return sorted(timeit.repeat(lambda: a @ b, number=1, repeat=repeat))[repeat // 2]
 
-        votes = self.sum(torch.tensor(float(seconds(torch.bfloat16) < 0.5 * seconds(torch.float32))))
+        pays = seconds(torch.bfloat16, 1) < 0.05 and seconds(torch.bfloat16, 8) < 0.5 * seconds(torch.float32, 8)
+        votes = self.sum(torch.tensor(float(pays)))
         return votes.item() == self.count
 
     def should_compile(self, wanted, pays=False):
