@@ -1,16 +1,15 @@
-r"""The paper's claim in miniature: Table 2 and its neighbours on CIFAR-10, on two CPU cores.
+"""The paper's claim in miniature: Table 2 and its neighbours on CIFAR-10, on two CPU cores.
 
     python runs/features.py --data_dir=cifar10 --width=16 --epochs=4              # first: what FD is measured with,
     python runs/features.py config/cifar10_vgg.py --data_dir=cifar10              # and the perceptual loss
     python runs/study.py --data_dir=cifar10                                       # Table 2's rows and p = 8, two seeds
     python runs/study.py --data_dir=cifar10 --rows=p16,p8,p16-none                # the rest of Table 3's
-    python runs/study.py --data_dir=cifar10 --rows=p4-none,p4 --tokenizer_config=config/study_l1_tokenizer.py \
-        --out_dir=out/study_l1                                                    # without the perceptual loss
     python runs/study.py --out_dir=docs/study --print_only=True                   # our table and the verdicts
 
 A row is a tokenizer and a generator on its latents, named as in runs/tables.py; p = 16, 8, 4 are 4, 16, 64 tokens for 4
 latent positions. All rows of a seed share data, order, steps, generator and evaluation. Stopped and called again, it
-continues where it was; a finished cell is never run again. Our results are in docs/study/.
+continues where it was; a finished cell is never run again. Our results are in docs/study/; those without the perceptual
+loss, --tokenizer_config=config/study_l1_tokenizer.py --out_dir=out/study_l1, in docs/study_l1/.
 """
 import json
 import os
