@@ -192,15 +192,20 @@ def main():
         optim.update_ema(ema, model, ema_momentum)
         progress.add({"loss": total, "grad_norm": grad_norm})
 
-        # Log, save, draw samples: nothing else in the loop waits for the device. A NaN ends the run before it is saved.
+        # Log, draw samples, save: nothing else in the loop waits for the device. A NaN ends the run before it is saved,
+        # and a run that is saved as finished has its picture.
         done, stopping = step + 1, dist.stop_requested()
         last = done == steps
-        drawing = done % sample_every == 0 or last
+        drawing = last or done % sample_every == 0 and not stopping
         saving = done % save_every == 0 or stopping or last
         keeping = keep_every > 0 and done % keep_every == 0
         if done % log_every == 0 or saving or drawing or keeping:
             progress.report(lr, loader.waited())
             loader.report_bad_files()
+        if drawing:
+            if dist.first:
+                draw_samples(ema, tcae, shape, source.classes, picture, dist)
+            progress.start_clock()
         if keeping and dist.first:
             runtime.save_checkpoint(os.path.join(out_dir, f"step-{done}.pt"), sampling_state(done))
         if saving and dist.first:
@@ -208,10 +213,6 @@ def main():
                                            "optimizer": optimizers.state_dict(), "bad_files": loader.reported})
         if stopping and not last:
             return progress.stopped()
-        if drawing:
-            if dist.first:
-                draw_samples(ema, tcae, shape, source.classes, picture, dist)
-            progress.start_clock()
     progress.bar.close()
     dist.print(f"wrote {path} and {picture}: step {steps}")
     dist.close()

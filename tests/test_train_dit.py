@@ -678,6 +678,17 @@ def run_two(**constants):
     run_here(train_dit, **constants)
 
 
+def test_a_run_is_finished_once_its_picture_is_there(train, tmp_path, monkeypatch):
+    """Killed while it draws the last one, it repeats what came after the checkpoint before."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train_dit, "draw_samples", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(epochs=1, decay_epoch=1, save_every=7)
+    assert not checkpoint(tmp_path)["finished"] and not (tmp_path / "samples.png").exists()
+    train(epochs=1, decay_epoch=1, save_every=7, resume=True)
+    assert checkpoint(tmp_path)["finished"] and (tmp_path / "samples.png").exists()
+
+
 def test_a_finished_run_that_is_resumed_changes_nothing(base, train, tmp_path, capsys):
     """A job that is queued again after its end: it says so, and does not even encode."""
     before = {name: tensor.clone() for name, tensor in tensors(checkpoint(base / "run")).items()}
