@@ -252,6 +252,7 @@ def check_training(constants, dist, positive=()):
 
 
 def check_positive(constants, *names):
+    """The constants `names` must be at least 1."""
     for name in names:
         check(constants[name] > 0, f"{name}={constants[name]} must be at least 1")
 
@@ -264,11 +265,13 @@ def make_folder(path, dist=None, constant="out_dir"):
         fail(f"{constant}={path} can't be written to: {error.strerror}", everywhere=False)
     if dist:
         dist.lock(os.path.join(path, ".lock"), f"{constant}={path}")
-        check(dist.seen == {file: modified(file) for file in dist.seen}, f"{constant}={path}: another run, which was "
-              "being stopped, has saved there since this one looked; start it again")
+        for checkpoint, when in dist.seen.items():
+            check(modified(checkpoint) == when, f"{constant}={path}: another run, which was being stopped, has saved "
+                  "there since this one looked; start it again")
 
 
 def modified(path):
+    """When the file was last written; None if it isn't there."""
     return os.stat(path).st_mtime_ns if os.path.exists(path) else None
 
 
