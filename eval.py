@@ -178,8 +178,8 @@ def drawn_classes(images, classes):
 
 
 def partners(images, other):
-    """(N,): image i's partner is image partners[i] of `other`: of the same path in its folder, else file name, else last
-    number."""
+    """(N,): the number in `other` of each image's partner: of the same path in its folder, else file name, else last
+    number in it."""
     def by_name(source, pattern):  # {what the pattern finds in an image's name: the image's number}
         names = [source.name(i).removeprefix(getattr(source, "root", "")) for i in range(len(source))]
         found = [re.search(pattern, name) for name in names]

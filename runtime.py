@@ -346,9 +346,9 @@ def bar(items, dist, **words):
 
 
 class Log:
-    """log.jsonl, one line per logged step, written by the first process. Lines after `step` are removed, since a run that
-    was killed after its last checkpoint repeats those steps and the validation at `step`. So are lines that can't be
-    read."""
+    """log.jsonl, one line per logged step, written by the first process. Lines after `step` are removed, since a run
+    that was killed after its last checkpoint repeats those steps and the validation at `step`. So are lines that can't
+    be read."""
 
     def __init__(self, path, step):
         lines, unread = [], 0
