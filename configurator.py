@@ -141,7 +141,8 @@ def convert(name, value, default, where):
     if type(value) is not wanted:
         words = {bool: "True or False", int: "a whole number", float: "a number", str: "text", tuple: "a tuple"}
         fail(f"{where}: {name}={value!r} must be {words[wanted]}, like {default!r}")
-    for number in value if wanted is tuple else [value] if wanted in (int, float) else []:
+    numbers = value if wanted is tuple else (value,) if wanted in (int, float) else ()
+    for number in numbers:
         check(type(number) in (int, float) and 0 <= number < math.inf,
               f"{where}: {name}={value} must be {'finite numbers' if wanted is tuple else 'finite'}, 0 or more")
     if wanted is tuple and isinstance(default[0], float):

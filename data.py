@@ -19,7 +19,7 @@ from folders import DEVKIT, KAGGLE_TABLE, ImageFolder, find_split
 from runtime import Stopped, bar, check, fail, ignore_signals
 from shapes import Shapes
 
-IMAGE_STREAM, ORDER_STREAM = 0, 1  # second number of an rng's seed: an image's draws don't depend on the epoch's order
+IMAGE_STREAM, ORDER_STREAM = 0, 1  # in an rng's seed: keeps an image's draws apart from those of the epoch's order
 BAD_SHARE = 0.01  # a run ends if more than this share of its images can't be used
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -217,12 +217,11 @@ class TrainBatches(torch.utils.data.Dataset):
     def __getitem__(self, batch):
         items, bad = [], []
         for epoch, i in batch:
-            rng, item = np.random.default_rng([self.seed, IMAGE_STREAM, epoch, i]), None
-            while item is None and len(bad) < 100:
-                item = try_load(self.source, i, bad, self.transform, rng, **self.options)
-                i = int(rng.integers(len(self.source)))  # takes its place, if it is bad
-            if item is None:
-                return None, bad
+            rng = np.random.default_rng([self.seed, IMAGE_STREAM, epoch, i])
+            while (item := try_load(self.source, i, bad, self.transform, rng, **self.options)) is None:
+                if len(bad) == 100:
+                    return None, bad
+                i = int(rng.integers(len(self.source)))  # another image takes its place
             items.append(item)
         return self.collate(items), bad
 
@@ -288,7 +287,7 @@ def report_bad_files(source, images, bad, reported, dist):
     if len(reported) > BAD_SHARE * images:
         fail(f"{source.constant}: {len(reported)} of {images} images can't be used, over {BAD_SHARE:.0%}: "
              + ", ".join(f"{name} ({reason})" for name, reason in sorted(reported.items())[:10])
-             + f" and {len(reported) - 10} more" * (len(reported) > 10))
+             + (f" and {len(reported) - 10} more" if len(reported) > 10 else ""))
 
 
 def eval_batch_size(size):

@@ -35,7 +35,7 @@ tokenizer = ""  # stage 1's checkpoint, or a file.py with another tokenizer
 data_dir = ""  # as in stage 1; "" = the tokenizer's own
 val_images = 0  # how many validation images; 0 = all
 probe_images = 0  # how many training images to fit the probes on; 0 = all
-statistics = ""  # .npz to write the reconstructions' feature statistics to; as `reference`, gFID is the generator's own
+statistics = ""  # .npz for the reconstructions' feature statistics; as `reference` they make gFID the generator's own
 pca = False  # True: also the PSNR of PCA with as many values per image, the best linear tokenizer; up to 64 px
 
 # … or samples against a reference
@@ -412,18 +412,19 @@ class PooledFeatures:
 
 
 def probes(train, val, dist):
-    """Table 1's row: accuracies of linear classifiers on average-pooled tokens, R_tok, and on average-pooled latents,
-    R_lat, and the structure loss, 1 - R_lat / R_tok; also one on tokens and [CLS]. train, val: PooledFeatures."""
-    (tokens, latents, labels), (val_tokens, val_latents, val_labels) = (
-        map(torch.cat, (features.tokens_and_cls, features.latents, features.labels)) for features in (train, val))
-    width = tokens.shape[1] // 2  # the first half is the tokens', the second [CLS]'s
+    """Table 1's row and the probe on [CLS] and tokens; see the top of this file. train, val: PooledFeatures."""
+    def joined(features):
+        return torch.cat(features.tokens_and_cls), torch.cat(features.latents), torch.cat(features.labels)
+
+    (both, latents, labels), (val_both, val_latents, val_labels) = joined(train), joined(val)
+    width = both.shape[1] // 2  # the first half is the tokens', the second [CLS]'s
 
     def accuracy(x, val_x):
         can = x.shape[1] and train.classes > 1
         return probe(x, labels, val_x, val_labels, train.classes, dist) if can else None
 
-    r_tok, r_lat = accuracy(tokens[:, :width], val_tokens[:, :width]), accuracy(latents, val_latents)
-    return {"probe on tokens": r_tok, "probe on [CLS] and tokens": accuracy(tokens, val_tokens),
+    r_tok, r_lat = accuracy(both[:, :width], val_both[:, :width]), accuracy(latents, val_latents)
+    return {"probe on tokens": r_tok, "probe on [CLS] and tokens": accuracy(both, val_both),
             "probe on latents": r_lat, "structure loss": 1 - r_lat / r_tok if r_tok else None}
 
 

@@ -1,6 +1,6 @@
 """Stage 1b: the decoder, finetuned against a discriminator on DINO's features (Table 7, right; the recipe is RAE's).
 
-    torchrun --nproc_per_node=8 finetune_decoder.py --init_from=out/tokenizer/checkpoint.pt
+    torchrun --nproc_per_node=8 finetune_decoder.py                           # after the paper's run of stage 1
     python finetune_decoder.py config/cifar10_finetune.py                     # an experiment for two CPU cores
 
 The loss is L_rec = L1 + λ_p LPIPS + λ_q w L_adv (Eq. 6) alone: that is how we read Table 7's α = 0. Encoder and
@@ -122,7 +122,7 @@ def augment_differentiably(images):
     saturation and contrast. Real images and reconstructions both pass through it, so that the discriminator can't
     memorise the real ones. The shift comes first, as in RAE: what it uncovers is grey when the colours change."""
     B, _, height, width = images.shape
-    down, right = ((torch.rand(2, B, 1, 1, device=images.device) * 2 - 1) / 8)  # as fractions of the sides
+    down, right = (torch.rand(2, B, 1, 1, device=images.device) * 2 - 1) / 8  # as fractions of the sides
     rows = torch.arange(height, device=images.device)[:, None] - (down * height).round().long()  # (B, H, 1)
     columns = torch.arange(width, device=images.device) - (right * width).round().long()  # (B, 1, W)
     inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)  # (B, H, W)
@@ -201,7 +201,9 @@ def main():
             discriminator_optimizer.load_state_dict(resumed["discriminator_optimizer"])
 
     if compiling:
-        compile_blocks(tcae, *([discriminator] if discriminator else []))
+        compile_blocks(tcae)
+        if discriminator:
+            compile_blocks(discriminator)
     wrapped_decoder = dist.distribute(decoder)
     wrapped_discriminator = dist.distribute(discriminator) if discriminator else None
     runtime.make_folder(out_dir, dist)
@@ -212,14 +214,15 @@ def main():
     progress = runtime.Progress(out_dir, start, steps, batch_size, dist)
 
     def save(step, finished=False):
+        state = {**runtime.header("tokenizer", {**joint, **constants, "data_dir": where}, dist), "step": step,
+                 "finished": finished, "images": len(train), "bad_files": loader.reported,
+                 "tokenizer": averaged.state_dict(), "decoder": decoder.state_dict(),
+                 "optimizer": optimizer.state_dict()}
+        if discriminator:
+            state |= {"discriminator": discriminator.heads.state_dict(),
+                      "discriminator_optimizer": discriminator_optimizer.state_dict()}
         if dist.first:
-            runtime.save_checkpoint(path, {
-                **runtime.header("tokenizer", {**joint, **constants, "data_dir": where}, dist), "step": step,
-                "finished": finished, "images": len(train), "bad_files": loader.reported,
-                "tokenizer": averaged.state_dict(), "decoder": decoder.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                **({"discriminator": discriminator.heads.state_dict(),
-                    "discriminator_optimizer": discriminator_optimizer.state_dict()} if discriminator else {})})
+            runtime.save_checkpoint(path, state)
 
     for step in range(start, steps):  # none if a resumed run lacks only what comes after the loop
         if step and step % eval_every == 0:  # before the step, so that a run stopped here repeats it when resumed

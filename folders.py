@@ -33,8 +33,10 @@ class ImageFolder:
 
     def __init__(self, root, constant="data_dir", by_class=True):
         self.root, self.constant, self.paths, self.labels = root, constant, [], []
-        folders = {unicodedata.normalize("NFC", entry.name): entry for entry in os.scandir(root)  # é has two forms
-                   if entry.is_dir() and not entry.name.startswith(HIDDEN)} if by_class else {}
+        folders = {}
+        for entry in os.scandir(root) if by_class else ():
+            if entry.is_dir() and not entry.name.startswith(HIDDEN):
+                folders[unicodedata.normalize("NFC", entry.name)] = entry  # é has two forms
         folders = folders or {"": root}
         self.classes, others = sorted(folders), []
         for label, name in enumerate(self.classes):

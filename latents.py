@@ -242,9 +242,9 @@ def open_store(path, tcae, source, rebuild, count, shape, dtype, dist):
     images. A run that is to fill it has it for itself; a complete one can be shared."""
     about = {"tokenizer": tcae.latents_of, "image_size": tcae.image_size, "images": len(source),
              "files": source.fingerprint()}
-    lock = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.lock"), f"cache={path}"
+    lock_file = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.lock")
     if rebuild or not os.path.exists(path):
-        dist.lock(*lock)
+        dist.lock(lock_file, f"cache={path}")
     if rebuild and dist.first:
         Path(path).unlink(missing_ok=True)
     dist.wait()  # until the old file is gone
@@ -254,7 +254,7 @@ def open_store(path, tcae, source, rebuild, count, shape, dtype, dist):
     store = Store(path, about, count, shape, dtype, dist)
     if (store.state == 0).any():  # items are left to fill
         check(store.items.flags.writeable, f"cache={path} is incomplete, and can't be written")
-        dist.lock(*lock)
+        dist.lock(lock_file, f"cache={path}")
     return store
 
 
@@ -262,7 +262,7 @@ def fill_cache(path, tcae, source, rebuild, workers, dist):
     """The cache at `path`, completed: each process encodes its share of what it lacks."""
     store = open_store(path, tcae, source, rebuild, len(source), (2, *tcae.latent_shape), np.float16, dist)
     todo = store.to_do(dist)
-    if not (len(todo) and store.items.flags.writeable):
+    if len(todo) == 0 or not store.items.flags.writeable:  # complete, but for bad files in one that can't be written
         return store
     batch = max(1, data.eval_batch_size(tcae.image_size) // 2)  # with the mirror images twice as many
     for pixels, indices in data.eval_loader(source, tcae.image_size, batch, dist, workers, indices=todo,

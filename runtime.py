@@ -76,7 +76,8 @@ class Distributed:
 
     def on_signal(self, number, _):
         self.stop = True
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGINT else self.on_signal)  # a second Ctrl-C ends it
+        if number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)  # a second Ctrl-C ends it
 
     def pick_device(self, name):
         if name == "auto":
@@ -157,7 +158,7 @@ class Distributed:
                   + ", ".join(f"{node} has {value}" for value, node in nodes.items()))
 
     def stop_requested(self):
-        """Whether any process is to stop. All must call it. The sum is the CPUs', so it does not wait for a GPU."""
+        """Whether any process is to stop. All must call it. It sums on the CPU, so it waits for no GPU."""
         return bool(self.sum(torch.tensor(float(self.stop))))
 
     def print(self, line):

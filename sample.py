@@ -63,7 +63,9 @@ def main():
     dit = LightningDiT(saved["constants"]["size"], shape[0], shape[1], len(names)).eval().to(dist.device)
     dit.load_state_dict(weights)
     valid = [str(k) for k in range(len(names))]
-    chosen = [k.strip() for k in classes.split(",")] if classes else valid if num_samples else valid[:10]
+    chosen = valid if num_samples else valid[:10]
+    if classes:
+        chosen = [k.strip() for k in classes.split(",")]
     for k in chosen:
         check(k in valid, f"classes={classes}: {k!r} is not a class, 0 to {len(names) - 1}")
     if len(names) == 1 and cfg_scale != 1:
@@ -82,8 +84,9 @@ def main():
     store = Store(part, about, len(labels), (tcae.image_size, tcae.image_size, 3), np.uint8, dist)
     mine = store.to_do(dist)[dist.rank::dist.count]
     for k in runtime.bar(range(0, len(mine), batch_size), dist, desc="sampling", unit="batch"):
-        i = mine[k:k + batch_size]
-        store.put(i, draw(dit, tcae, i, labels[i], shape, saved["constants"]["shift_base"], dist).numpy())
+        indices = mine[k:k + batch_size]
+        images = draw(dit, tcae, indices, labels[indices], shape, saved["constants"]["shift_base"], dist)
+        store.put(indices, images.numpy())
         if dist.stop:
             break
     store.flush()

@@ -153,7 +153,7 @@ class MultiCrop:
         self.mask_grid, self.masks = global_size // output_patch, masks
         self.blur_scale = global_size / 224  # iBOT's radii are for 224 px; smaller crops are blurred less
         # The smallest short side of an image for which no crop is upsampled; the worst is area scale[0], aspect 3/4.
-        crops = [(global_size, global_scale)] + [(local_size, local_scale)] * (local_crops > 0)
+        crops = [(global_size, global_scale)] + ([(local_size, local_scale)] if local_crops else [])
         self.short_side = math.ceil(max(size / math.sqrt(scale[0] * 3 / 4) for size, scale in crops))
 
     def __call__(self, pixels, rng):

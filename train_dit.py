@@ -1,7 +1,7 @@
 """Stage 2: the generator, a LightningDiT trained by flow matching on the tokenizer's latents (Sec. 4.1).
 
     python train_dit.py config/shapes_dit.py                                     # after stage 1's demo
-    torchrun --nproc_per_node=8 train_dit.py --tokenizer=out/tokenizer/checkpoint.pt --data_dir=imagenet
+    torchrun --nproc_per_node=8 train_dit.py                                     # the paper's run
 
 First it encodes all images and their mirror images into latents.cache (ImageNet at 8 × 8 × 128: 42 GB on disk,
 memory-mapped). If that is interrupted, the next run continues. The tokenizer's settings come from its checkpoint;

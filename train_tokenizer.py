@@ -37,7 +37,7 @@ downsample = 32  # f: side of one latent position, pixels
 latent_channels = 128  # c (Table 10: 256, Table 11: 32)
 encoder = "S"  # S, B, L or width/depth/heads such as 128/4/4
 decoder = "S"  # the same (Fig. 8)
-stc_depth = 6  # M: blocks before the compression layer; 0 = no such layer: Table 6's M = 12 (its M = 0 is p = 16)
+stc_depth = 6  # M: blocks before the compression layer; 0 = no such layer, Table 6's M = 12 (its M = 0 is p = 16)
 compression = "conv"  # or "shuffle" (Table 8)
 
 # Objective
@@ -121,7 +121,7 @@ class Views:
     global crops with their masks and L local crops. Runs in the loading workers."""
 
     def __init__(self, multi_crop):
-        self.image_size, self.multi_crop = image_size, multi_crop  # a spawned worker imports the defaults
+        self.image_size, self.multi_crop = image_size, multi_crop  # kept: a spawned worker has the defaults
         self.short_side = max(image_size, multi_crop.short_side if multi_crop else 0)  # pixels of a JPEG to decode
 
     def __call__(self, image, rng):
@@ -193,7 +193,9 @@ def main():
             ibot.centers = {name: center.to(dist.device) for name, center in resumed["centers"].items()}
 
     if compiling:
-        compile_blocks(model, *([teacher] if self_supervised else []))
+        compile_blocks(model)
+        if self_supervised:
+            compile_blocks(teacher)
     wrapped = dist.distribute(model)
     runtime.make_folder(out_dir, dist)
     picture = os.path.join(out_dir, "reconstructions.png")
@@ -227,8 +229,8 @@ def main():
         for micro_batch in range(accumulate):
             # What Views made of B images: "images" (B, 3, H, W) to reconstruct; for self-supervision "global_crops"
             # (2 B, 3, g, g), "local_crops" (L B, 3, l, l) and the masks that ssl.collate_crops describes.
-            views = {name: data.to_float(x, dist.device) if x.dtype == torch.uint8 else
-                     x.to(dist.device, non_blocking=True) for name, x in next(loader).items()}
+            views = {name: x.to(dist.device, non_blocking=True) for name, x in next(loader).items()}
+            views |= {name: data.to_float(x, dist.device) for name, x in views.items() if x.dtype == torch.uint8}
             images = views["images"]
             wrapped.require_backward_grad_sync = micro_batch == accumulate - 1  # DDP exchanges gradients once a step
 

@@ -162,7 +162,7 @@ def study_figure():
         values = measured(row, "rFD")
         places = [k + 0.15 * (seed - (len(seeds) - 1) / 2) for seed in values]  # side by side
         dots.plot(places, values.values(), "o", color=colour, ms=5)
-        for axes, column in zip(curves, ("gFD", "from reconstructions")):
+        for axes, column in zip(curves, ("gFD", "own error")):
             found = {step: measured(row, f"{column}, step {step}") for step in study.EARLY}
             found[last] = measured(row, column)
             for seed in seeds:
