@@ -15,6 +15,7 @@ import runtime  # noqa: E402, F401 (pytest or a plugin may have imported Python'
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+torch.ones(1, requires_grad=True).backward()  # if the first one came from a thread, none would be possible after a fork
 
 
 @pytest.fixture(autouse=True)
