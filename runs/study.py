@@ -9,8 +9,9 @@
 A row is a tokenizer and a generator on its latents, named as in runs/tables.py; p = 16, 8, 4 are 4, 16, 64 tokens for 4
 latent positions. All rows of a seed share data, order, steps, generator and evaluation. Stopped and called again, it
 continues where it was; a finished cell is never run again. Our results are in docs/study/; those without the perceptual
-loss, --tokenizer_config=config/study_l1_tokenizer.py --out_dir=out/study_l1, in docs/study_l1/; with 96 channels, too,
---tokenizer_config=config/study_wide_tokenizer.py --dit_config=config/study_wide_dit.py, in docs/study_wide/.
+loss, --tokenizer_config=config/study_l1_tokenizer.py --out_dir=out/study_l1, in docs/study_l1/; those with 96 channels and
+without that loss, --tokenizer_config=config/study_wide_tokenizer.py --dit_config=config/study_wide_dit.py
+--out_dir=out/study_wide, in docs/study_wide/.
 """
 import json
 import os
