@@ -262,7 +262,7 @@ def fill_cache(path, tcae, source, rebuild, workers, dist):
     """The cache at `path`, completed: each process encodes its share of what it lacks."""
     store = open_store(path, tcae, source, rebuild, len(source), (2, *tcae.latent_shape), np.float16, dist)
     todo = store.to_do(dist)
-    if len(todo) == 0 or not store.items.flags.writeable:  # complete, but for bad files in one that can't be written
+    if len(todo) == 0 or not store.items.flags.writeable:  # at most bad files are missing
         return store
     batch = max(1, data.eval_batch_size(tcae.image_size) // 2)  # with the mirror images twice as many
     for pixels, indices in data.eval_loader(source, tcae.image_size, batch, dist, workers, indices=todo,

@@ -121,7 +121,7 @@ class Views:
     global crops with their masks and L local crops. Runs in the loading workers."""
 
     def __init__(self, multi_crop):
-        self.image_size, self.multi_crop = image_size, multi_crop  # kept: a spawned worker has the defaults
+        self.image_size, self.multi_crop = image_size, multi_crop  # a spawned worker has default constants
         self.short_side = max(image_size, multi_crop.short_side if multi_crop else 0)  # pixels of a JPEG to decode
 
     def __call__(self, image, rng):
