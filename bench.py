@@ -1,6 +1,6 @@
 """How fast each stage runs here, beside what it is compared with: one process, one device, medians.
 
-    python bench.py    # on a CPU the sizes of config/shapes_*.py, on a GPU the paper's
+    python bench.py    # on a CPU the sizes of small configs, on a GPU the paper's
 
 steps     each training step, encoding, decoding and a guided sampling step, beside the same in plain float32
 tokens    what the method is about: p = 16, p = 8, and p = 8 with staged compression, S–S at 256 px
@@ -43,8 +43,8 @@ compile = "auto"  # torch.compile the blocks: True (a CPU needs a C++ compiler f
 HERE = Path(__file__).parent
 JOINT, FINETUNE, DIT = "train_tokenizer.py", "finetune_decoder.py", "train_dit.py"
 SHAPES = {JOINT: "config/shapes_tokenizer.py", FINETUNE: "config/cifar10_finetune.py", DIT: "config/shapes_dit.py"}
-MORE = {JOINT: "--lpips_weight=0", DIT: "",  # finetuning: its third phase, in which everything is trained
-        FINETUNE: "--lpips_weight=0 --discriminator_weights=random --discriminator_start=0 --adversarial_start=0"}
+MORE = {JOINT: "--lpips_weight=0", DIT: "", FINETUNE:  # its third phase, in which everything is trained
+        "--lpips_weight=0 --discriminator_weights=random --discriminator_start=0 --adversarial_start=0"}
 
 
 def medians(*measures):

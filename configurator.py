@@ -73,14 +73,15 @@ def ignore_signals(_):
 
 @atexit.register
 def leave():
-    """After the last line of every process: its loading workers end at once. One that is still connected to others has
-    failed: os._exit keeps gloo's threads from adding a line of their own. torchrun hears only of the first failure."""
+    """When a process exits, its loading workers end at once. If it is still connected to others, it has failed:
+    os._exit keeps gloo's threads from adding a line of their own. torchrun hears only of the first failure."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises an error about every worker
     for worker in multiprocessing.active_children():
         worker.kill()
     if torch.distributed.is_initialized():
         sys.stdout.flush()
-        os._exit(int(os.path.exists(os.environ.get("TORCHELASTIC_ERROR_FILE", "/"))))
+        record = os.environ.get("TORCHELASTIC_ERROR_FILE")  # fails_first wrote it, if it did
+        os._exit(1 if record is None or os.path.exists(record) else 0)
 
 
 def configure(script, arguments=None):

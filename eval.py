@@ -35,7 +35,7 @@ tokenizer = ""  # stage 1's checkpoint, or a file.py with another tokenizer
 data_dir = ""  # as in stage 1; "" = the tokenizer's own
 val_images = 0  # how many validation images; 0 = all
 probe_images = 0  # how many training images to fit the probes on; 0 = all
-statistics = ""  # .npz for the reconstructions' feature statistics; as `reference` they make gFID the generator's own
+statistics = ""  # .npz to write the reconstructions' feature statistics to: a `reference` for the generator's own error
 pca = False  # True: also the PSNR of PCA with as many values per image, the best linear tokenizer; up to 64 px
 
 # … or samples against a reference
@@ -139,13 +139,13 @@ def evaluate_pairs(dist):
     other = open_reference(size)
     partner = partners(images, other)
     pairs = PairMetrics(len(images), size, dist)
-    for (a, of_a), (b, of_b) in zip(
+    for (a, index_a), (b, index_b) in zip(
             data.eval_loader(images, size, batch_size, dist, workers, title="pairs", keep_empty=True),
             data.eval_loader(other, size, batch_size, dist, workers, indices=partner, keep_empty=True), strict=True):
-        wanted = partner[of_a]  # of_a, of_b: which images of a batch could be decoded
-        in_a, in_b = torch.isin(wanted, of_b), torch.isin(of_b, wanted)  # pairs of which both could
+        wanted = partner[index_a]  # the indices are of the images that could be decoded
+        in_a, in_b = torch.isin(wanted, index_b), torch.isin(index_b, wanted)  # pairs of which both could
         if in_a.any():
-            pairs.add(b[in_b], a[in_a], of_a[in_a])
+            pairs.add(b[in_b], a[in_a], index_a[in_a])
     count, results = pairs.results(dist)
     return f"{samples} as reconstructions of {reference}: {count} pairs, {size} px", results
 

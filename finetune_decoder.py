@@ -3,10 +3,10 @@
     torchrun --nproc_per_node=8 finetune_decoder.py                           # after the paper's run of stage 1
     python finetune_decoder.py config/cifar10_finetune.py                     # an experiment for two CPU cores
 
-The loss is L_rec = L1 + λ_p LPIPS + λ_q w L_adv (Eq. 6) alone: that is how we read Table 7's α = 0. Encoder and
+The loss is L_rec = L1 + λ_p LPIPS + λ_q w L_adv (Eq. 6), without L_iBOT: so we read Table 7's α = 0. Encoder and
 bottleneck are frozen, so the latents do not change and a generator trained on them still fits. There are three phases:
 reconstruction alone; from discriminator_start on the discriminator trains beside it; from adversarial_start on its
-loss reaches the decoder. Writes out_dir/checkpoint.pt, a tokenizer like stage 1's but with the averaged decoder,
+loss reaches the decoder. Writes out_dir/checkpoint.pt (a tokenizer like stage 1's, with the averaged decoder),
 log.jsonl and reconstructions.png.
 """
 import copy
@@ -225,7 +225,7 @@ def main():
             runtime.save_checkpoint(path, state)
 
     for step in range(start, steps):  # none if a resumed run lacks only what comes after the loop
-        if step and step % eval_every == 0:  # before the step, so that a run stopped here repeats it when resumed
+        if step and step % eval_every == 0:  # first, so that a run stopped while validating does it when resumed
             try:
                 progress.validated(data.validate(averaged, val, image_size, val_images, dist, picture))
             except runtime.Stopped:
@@ -246,8 +246,8 @@ def main():
                 latents = tcae.encode(images) * tcae.latent_std + tcae.latent_mean
             reconstruction = wrapped_decoder(latents)
 
-        # Eq. 6 without its last term: L1 + λ_p LPIPS, with L1 on pixels in [0, 1] as in RAE. For now backpropagate to
-        # the reconstruction only; the decoder's own backward pass runs once, below.
+        # Eq. 6 without its last term: L1 + λ_p LPIPS, with L1 on pixels in [0, 1] as in RAE. It and the last term meet
+        # at the reconstruction: their gradients are added there, and one backward pass through the decoder follows.
         terms = {"l1": F.l1_loss(reconstruction, images)}
         rec = terms["l1"] / 2
         if perceptual:

@@ -1,9 +1,9 @@
-"""Between stage 1 and the others: a frozen tokenizer, ours or anybody's, and the data set as its latents.
+"""Between stage 1 and the others: a frozen tokenizer, ours or someone else's, and the data set as its latents.
 
     open_tokenizer                 from stage 1's checkpoint, or from a Python file (runs/tokenizers/ has examples)
     measure_latents, measure_once  the mean and std of its latents; another tokenizer's are kept beside the cache
     Store                          an array on disk that many processes fill
-    fill_cache, LatentDataset, encode    the data set as latents, encoded once into a file, or on the fly
+    fill_cache, LatentDataset, encode_half    the data set as latents, encoded once into a file, or on the fly
 """
 import importlib.util
 import json
@@ -75,7 +75,7 @@ def run_file(path):
 
 
 class OtherTokenizer(nn.Module):
-    """Somebody else's tokenizer in TCAE's place. The network has
+    """Someone else's tokenizer in TCAE's place. The network has
 
     encode(images (B, 3, H, W) in [-1, 1]) -> (B, latent_channels, H / downsample, W / downsample), of any scale
     decode(the same) -> images
@@ -231,7 +231,7 @@ class LatentDataset:
         return self.source.fingerprint()
 
 
-def encode(tcae, pixels, dist):
+def encode_half(tcae, pixels, dist):
     """uint8 (B, H, W, 3) -> z (B, c, h, w), normalised, rounded to float16."""
     with torch.no_grad(), dist.autocast():
         return tcae.encode(data.to_float(pixels, dist.device)).half()
@@ -268,7 +268,7 @@ def fill_cache(path, tcae, source, rebuild, workers, dist):
     for pixels, indices in data.eval_loader(source, tcae.image_size, batch, dist, workers, indices=todo,
                                             title="encoding the data set once"):
         both = torch.stack([pixels, pixels.flip(2)], dim=1).flatten(0, 1)  # (2 b, H, W, 3): image, mirror image, …
-        z = encode(tcae, both, dist).cpu().unflatten(0, (-1, 2))  # (b, 2, c, h, w)
+        z = encode_half(tcae, both, dist).cpu().unflatten(0, (-1, 2))  # (b, 2, c, h, w)
         store.put(indices.numpy(), z.numpy())
     mine = todo[dist.rank::dist.count]  # as eval_loader divides them
     failed = mine[store.state[mine] != 1]

@@ -204,7 +204,7 @@ class Encoder(nn.Module):
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
         self.fine_blocks = nn.Sequential(*[Block(width, heads) for _ in range(stc_depth)])  # on all N tokens
         self.compress = compression_layer(width, compression) if stc_depth else None
-        self.coarse_blocks = nn.Sequential(*[Block(width, heads) for _ in range(depth - stc_depth)])  # on N / 4
+        self.coarse_blocks = nn.Sequential(*[Block(width, heads) for _ in range(depth - stc_depth)])  # N / 4, or all
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.apply(init_weights)
         # Pixels in [-1, 1] are small: this makes the embedding of a patch about as large as that of its position.
@@ -283,7 +283,7 @@ class Decoder(nn.Module):
         self.patch_size, self.width = patch_size, width
         self.reference = image_size // patch_size
         self.unbottleneck = Unbottleneck(latent_channels, width, factor)
-        self.coarse_blocks = nn.Sequential(*[Block(width, heads) for _ in range(depth - fine)])  # on N / 4 tokens
+        self.coarse_blocks = nn.Sequential(*[Block(width, heads) for _ in range(depth - fine)])  # on N / 4, or all
         self.expand = expansion_layer(width, compression) if stc_fraction else None
         self.fine_blocks = nn.Sequential(*[Block(width, heads) for _ in range(fine)])  # on all N
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -494,7 +494,7 @@ class ModulatedRMSNorm(nn.Module):
 
 class DiTBlock(nn.Module):
     """A transformer block with adaLN-Zero: the condition sets shift, scale and gate of both branches. Gates begin at 0,
-    and so the block as the identity."""
+    so each block begins as the identity."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -590,8 +590,8 @@ def cfg_velocity(model, labels, null_class, cfg_scale=1.0, cfg_interval=(0.0, 1.
 def sample_flow(velocity, noise, steps, method="euler", shift_base=4096):
     """Integrates dz/dt = velocity(z, t) from noise (B, c, h, w) at t = 1 to data at t = 0, in `steps` shifted steps.
 
-    method "euler": one evaluation per step. "heun": two, of second order; its last step is Euler's, since at t = 0
-    itself the velocity is ill-defined (the data are points).
+    method "euler": one evaluation per step. "heun": two, of second order; its last step is Euler's, since the velocity
+    is not defined at t = 0 itself.
     """
     z = noise
     times = shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), noise.shape[1:], shift_base).float()

@@ -81,7 +81,7 @@ def training_lpips(net, dist):
 
 def load_exported(path, constant):
     """A file of torch.export.save. Pickles and compiled code, which it may hold, are not loaded."""
-    check(os.path.isfile(path), f"{constant}={path}: there is no such file; runs/features.py --help says how one is made")
+    check(os.path.isfile(path), f"{constant}={path}: there is no such file (runs/features.py makes one)")
     harmful = any(kind in Path(path).read_bytes() for kind in (b"data/aotinductor/", b"opaque_obj_"))
     check(not harmful, f"{constant}={path} holds compiled code or Python objects, which may be harmful")
     return torch.export.load(path)  # torch.load in there is safe, by runtime.py

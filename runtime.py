@@ -217,7 +217,8 @@ def start(script, kind, may_change):
         check_resumable(resumed["constants"], constants, may_change)
     same = {"out_dir": f"a checkpoint of step {resumed['step']}" if resumed else "no checkpoint",
             **{name: value for name, value in constants.items() if name not in may_change}}
-    dist = Distributed(constants["device"], (resumed or constants)["dtype"], constants["seed"], same=same)
+    chosen = resumed["dtype"] if resumed else constants["dtype"]  # a resumed run keeps what auto chose
+    dist = Distributed(constants["device"], chosen, constants["seed"], same=same)
     if resumed and resumed["finished"]:
         dist.print(f"{path} is finished: step {resumed['step']}")
         dist.close()

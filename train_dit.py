@@ -16,7 +16,7 @@ import torch
 import data
 import optim
 import runtime
-from latents import LatentDataset, OtherTokenizer, encode, fill_cache, measure_once, open_tokenizer
+from latents import LatentDataset, OtherTokenizer, encode_half, fill_cache, measure_once, open_tokenizer
 from model import LightningDiT, cfg_velocity, compile_blocks, flow_matching_loss, sample_flow, shift_time
 from runtime import check
 
@@ -68,16 +68,6 @@ MAY_CHANGE = {  # with --resume=True; all other constants must be those that the
     "tokenizer"}
 
 
-def check_constants(dist):
-    """Checks across constants. Each message names the constant and says what to do."""
-    runtime.check_training(globals(), dist, positive=("accumulate", "sample_every", "sample_steps", "shift_base"))
-    try:
-        with torch.device("meta"):
-            LightningDiT(size, 1, 1, 1)
-    except ValueError as error:  # now, not after an hour of encoding
-        runtime.fail(error)
-
-
 class Example:
     """Draws what a step needs for an image: the image or its mirror image, a logit-normal(0, 1) time t, noise, and
     whether the label is dropped. Runs in the loading workers; the rng is the image's own in this epoch."""
@@ -109,35 +99,24 @@ def draw_samples(ema, tcae, shape, class_names, path, dist):
 
 def main():
     constants, dist, path, resumed = runtime.start(globals(), "dit", MAY_CHANGE)  # resumed: a checkpoint or None
-    check_constants(dist)
-    dist.should_compile(compile)  # only to fail now, not after an hour of encoding, if compile=True doesn't work here
+    runtime.check_training(constants, dist, positive=("accumulate", "sample_every", "sample_steps", "shift_base"))
     runtime.make_folder(out_dir, dist)
 
-    # The tokenizer, frozen
+    # The tokenizer, frozen, and the images it was trained on, or others
     tcae = open_tokenizer(tokenizer, dist, dit_checkpoint=resumed)
     shape = tcae.latent_shape  # (c, h, w)
-
-    # The data: latents from the cache, or pixels to encode in every step
     source = data.open_split(data_dir or tcae.data_dir, "train", tcae.image_size, tcae.shapes_images)
     data.check_training_images(source, batch_size, resumed)
     steps_per_epoch = len(source) // batch_size
     steps, decay_step = epochs * steps_per_epoch, round((decay_epoch or epochs) * steps_per_epoch)
     check(warmup_steps <= steps, f"warmup_steps={warmup_steps} is more than all {steps} steps")
-    cache_path = cache or os.path.join(out_dir, "latents.cache")
-    store = None  # without a cache
-    try:
-        if isinstance(tcae, OtherTokenizer):
-            measure_once(f"{cache_path}.statistics", tcae, source, rebuild_cache, workers, dist)
-        if cache_latents:
-            store = fill_cache(cache_path, tcae, source, rebuild_cache, workers, dist)
-    except runtime.Stopped:
-        dist.print(f"stopped: what is encoded stays in {cache_path}; the next run continues from there")
-        return dist.close()
-    latents = LatentDataset(source, tcae.image_size, store)
 
     # The generator, its averaged weights and its optimizer
-    torch.manual_seed(seed)  # again: encoding may have used random numbers
-    model = LightningDiT(size, shape[0], shape[1], len(source.classes)).to(dist.device)
+    torch.manual_seed(seed)  # again: another tokenizer's file may have used random numbers
+    try:
+        model = LightningDiT(size, shape[0], shape[1], len(source.classes)).to(dist.device)
+    except ValueError as error:  # the message names the constant
+        runtime.fail(error)
     ema = copy.deepcopy(model).requires_grad_(False)
     parameters = sum(p.numel() for p in model.parameters())
     optimizers = optim.Optimizer(model, constants, dist)
@@ -153,6 +132,19 @@ def main():
     operations = 6 * parameters * shape[1] * shape[2] * batch_size * steps  # 6 for each weight and token
     if dist.should_compile(compile, pays=operations > 2e13):
         compile_blocks(model, ema)
+
+    # The data: latents from the cache, or pixels to encode in every step
+    cache_path = cache or os.path.join(out_dir, "latents.cache")
+    store = None  # without a cache
+    try:
+        if isinstance(tcae, OtherTokenizer):
+            measure_once(f"{cache_path}.statistics", tcae, source, rebuild_cache, workers, dist)
+        if cache_latents:
+            store = fill_cache(cache_path, tcae, source, rebuild_cache, workers, dist)
+    except runtime.Stopped:
+        dist.print(f"stopped: what is encoded stays in {cache_path}; the next run continues from there")
+        return dist.close()
+    latents = LatentDataset(source, tcae.image_size, store)
     wrapped = dist.distribute(model)
 
     loader = data.TrainLoader(latents, Example(shape, model.null_class), batch_size, start, steps, seed, dist,
@@ -176,7 +168,7 @@ def main():
         for micro_batch in range(accumulate):
             # The latents z of B images, normalised per channel by TCAE.encode; without a cache, x is still pixels.
             x, t, noise, labels = (part.to(dist.device, non_blocking=True) for part in next(loader))
-            z = (x if store else encode(tcae, x, dist)).float()  # (B, c, h, w)
+            z = (x if store else encode_half(tcae, x, dist)).float()  # (B, c, h, w)
 
             # Flow matching (Sec. 4.1): at z_t = (1 - t) z + t noise the model predicts the velocity noise - z, by mean
             # squared error. t is logit-normal, from Example; the larger the latent, the further it is shifted to 1.

@@ -37,7 +37,7 @@ downsample = 32  # f: side of one latent position, pixels
 latent_channels = 128  # c (Table 10: 256, Table 11: 32)
 encoder = "S"  # S, B, L or width/depth/heads such as 128/4/4
 decoder = "S"  # the same (Fig. 8)
-stc_depth = 6  # M: blocks before the compression layer; 0 = no such layer, Table 6's M = 12 (its M = 0 is p = 16)
+stc_depth = 6  # M: blocks before the compression layer; 0 = no such layer (Table 6's M = 12; its M = 0 is our p = 16)
 compression = "conv"  # or "shuffle" (Table 8)
 
 # Objective
@@ -135,10 +135,8 @@ class Views:
     def collate(self, examples):
         """The views of B images -> a micro-batch, {"images": (B, H, W, 3), "global_crops": (2 B, g, g, 3), …}."""
         batch = default_collate(examples)
-        if not self.multi_crop:
-            return batch
-        images = batch.pop("images")
-        return {"images": images, **ssl.collate_crops(batch)}
+        images = {"images": batch.pop("images")}
+        return images | ssl.collate_crops(batch) if self.multi_crop else images
 
 
 def main():
@@ -215,7 +213,7 @@ def main():
             runtime.save_checkpoint(path, state)
 
     for step in range(start, steps):  # none if a resumed run lacks only what comes after the loop
-        if step and step % eval_every == 0:  # before the step, so that a run stopped here repeats it when resumed
+        if step and step % eval_every == 0:  # first, so that a run stopped while validating does it when resumed
             try:
                 progress.validated(data.validate(tcae, val, image_size, val_images, dist, picture))
             except runtime.Stopped:
@@ -227,10 +225,11 @@ def main():
 
         step_terms = {}
         for micro_batch in range(accumulate):
-            # What Views made of B images: "images" (B, 3, H, W) to reconstruct; for self-supervision "global_crops"
-            # (2 B, 3, g, g), "local_crops" (L B, 3, l, l) and the masks that ssl.collate_crops describes.
-            views = {name: x.to(dist.device, non_blocking=True) for name, x in next(loader).items()}
-            views |= {name: data.to_float(x, dist.device) for name, x in views.items() if x.dtype == torch.uint8}
+            # What Views made of B images: "images" (B, 3, H, W) to reconstruct and, for self-supervision,
+            # "global_crops" (2 B, 3, g, g), "local_crops" (L B, 3, l, l), "mask" (2 B, h, h), True = hidden, and of the
+            # P hidden tokens "masked_index" (P,) and "mask_weight" (P,).
+            views = {name: data.to_float(x, dist.device) if x.dtype == torch.uint8 else
+                     x.to(dist.device, non_blocking=True) for name, x in next(loader).items()}
             images = views["images"]
             wrapped.require_backward_grad_sync = micro_batch == accumulate - 1  # DDP exchanges gradients once a step
 

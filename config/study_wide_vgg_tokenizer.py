@@ -1,5 +1,5 @@
-"""runs/study.py with 96 channels, as config/study_wide_tokenizer.py, and with the perceptual loss again: all of the paper's
-terms, and reconstructions so good that gFD is mostly the generator's own error. docs/LOG.md says what it found."""
+"""runs/study.py with 96 channels, as config/study_wide_tokenizer.py, but with the perceptual loss again: all of the
+paper's terms, and better reconstructions, so that more of gFD is the generator's own error. docs/LOG.md has the result."""
 from config.study_wide_tokenizer import *  # noqa: F401, F403
 
 lpips_weight = 1.0

@@ -70,7 +70,7 @@ class ResNet(nn.Module):
 
 
 class VGG(nn.Module):
-    """Six convolutions in three stages: (B, 3, H, W) in [-1, 1] -> the stages' feature maps, at H, H / 2 and H / 4 px."""
+    """Six convolutions in three stages: (B, 3, H, W) in [-1, 1] -> the stages' maps, at H, H / 2 and H / 4 px."""
 
     def __init__(self, classes, w):
         super().__init__()

@@ -41,7 +41,7 @@ reference = ""  # for gFID; "" = data_dir/VIRTUAL_imagenet256_labeled.npz, ADM's
 out_dir = ""  # "" = out/tables-SCALE
 scale = "imagenet"  # or "shapes": everything tiny, on built-in images; a smoke test, ignore the numbers
 gpus = 0  # processes of each run; 0 = 8, for shapes 1
-accumulate = 1  # micro-batches per step of the tokenizer, for less memory (DINOv2's KoLeo then sees part of the batch)
+accumulate = 1  # micro-batches per step of the tokenizer, for less memory (DINOv2's KoLeo and Sinkhorn then see less)
 cfg_scales = (1.25, 1.5, 2.0, 3.0, 4.0, 6.7, 10.0)  # tried for "with guidance"; the paper omits its scale
 tflops = 396.0  # for --cost: what a GPU reaches, 10¹² operations per second; 40 % of an H100's peak in bfloat16
 
