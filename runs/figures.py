@@ -137,7 +137,7 @@ def study_figure():
     """study.png: how much neighbouring pixels of samples differ, where the border of latent positions shows as a peak;
     how good reconstructions are, a dot for each seed; and how samples improve with the generator's steps (Figure 6),
     measured against the test images and against the tokenizer's own reconstructions."""
-    figure, (profile, dots, *curves) = plt.subplots(1, 4, figsize=(11.5, 2.8), width_ratios=(1.5, 1, 1.1, 1.1))
+    figure, ((profile, dots), curves) = plt.subplots(2, 2, figsize=(8, 5.6))
     for row, colour in ("p4-none", GREY), ("p4-stc-none", BLUE):
         path = Path(results, f"{row}-seed0", "seams.json")
         if path.exists():
@@ -146,7 +146,7 @@ def study_figure():
             profile.plot(places, kept["samples"], color=colour, lw=1.5, label=TABLE_2[row].replace("\n", " "))
             if row == "p4-none":
                 profile.plot(places, kept["photographs"], color=INK, lw=0.8, ls=":", label="photographs")
-    profile.set_title("difference of neighbouring pixels in\nsamples: one bottleneck leaves a seam", fontsize=9.5)
+    profile.set_title("difference of neighbouring pixels in samples:\none bottleneck leaves a seam", fontsize=10)
     profile.set(xlabel="pixel; the latent's border is at 16", ylim=(0, None), xticks=range(0, 33, 8))
     if profile.lines:
         profile.legend(fontsize=8, frameon=False, loc="lower center")
@@ -169,21 +169,18 @@ def study_figure():
                 steps = [step for step in found if seed in found[step]]
                 axes.plot(steps, [found[step][seed] for step in steps], "o-", color=colour, ms=3.5, lw=1.2,
                           label=TABLE_2[row].replace("\n", " ") if seed == seeds[0] else None)
-    dots.set_xticks(range(4), TABLE_2.values(), fontsize=6.5)
+    dots.set_xticks(range(4), TABLE_2.values(), fontsize=8.5)
     dots.margins(x=0.15, y=0.25)
-    dots.set_title("Fréchet distance of\nreconstructions ↓", fontsize=9.5)
-    titles = "Fréchet distance of\nsamples ↓", "of samples, from the tokenizer's\nreconstructions ↓"
+    dots.set_title("Fréchet distance of reconstructions ↓\n(a dot for each seed)", fontsize=10)
+    titles = "Fréchet distance of samples ↓", "the same from reconstructions ↓\n(the generator's own error)"
     for axes, title in zip(curves, titles):
-        axes.set_title(title, fontsize=9.5)
+        axes.set_title(title, fontsize=10)
         axes.set(xscale="log", yscale="log", xlabel="the generator's steps")
         axes.set_xticks([*study.EARLY, last], [f"{step:,}" for step in (*study.EARLY, last)])
         axes.minorticks_off()
     curves[0].set_yticks([2, 3, 4, 6], [2, 3, 4, 6])
     curves[1].set_yticks([0.3, 0.5, 1, 2, 4], [0.3, 0.5, 1, 2, 4])
-    curves[1].legend(fontsize=7, frameon=False)
-    figure.text(0.5, -0.03, "CIFAR-10, 64 tokens for 4 latent positions; a dot for each seed, lines: seed 0; Fréchet "
-                            "distances in a CIFAR-10 classifier's features; the second axis does not begin at 0, the "
-                            "last two are logarithmic", ha="center", fontsize=8, color=GREY)
+    curves[1].legend(fontsize=8.5, frameon=False)
     figure.tight_layout()
     save(figure, "study.png")
 
