@@ -40,17 +40,14 @@ def open_tokenizer(path, dist, dit_checkpoint=None):
         if dist.first:
             dist.wait()
         tokenizer, latents_of = OtherTokenizer(network), runtime.fingerprint(network.state_dict())
-        settings = {name: getattr(network, name) for name in OtherTokenizer.SIZES}
-        settings |= {"data_dir": getattr(network, "data_dir", "imagenet"),
-                     "shapes_images": getattr(network, "shapes_images", 20000)}
+        settings = {"data_dir": getattr(network, "data_dir", "imagenet"),
+                    "shapes_images": getattr(network, "shapes_images", 20000)}
     else:
         saved = runtime.load_checkpoint(path, "tokenizer", kind="tokenizer")
         tokenizer, settings = TCAE.from_checkpoint(saved), saved["constants"]
         latents_of = runtime.fingerprint(saved["tokenizer"], without="decoder.")  # which finetuning changes
-    side = settings["image_size"] // settings["downsample"]
-    tokenizer.latent_shape, tokenizer.latents_of = (settings["latent_channels"], side, side), latents_of
-    tokenizer.image_size, tokenizer.data_dir = settings["image_size"], settings["data_dir"]
-    tokenizer.shapes_images = settings["shapes_images"]
+    tokenizer.latents_of = latents_of
+    tokenizer.data_dir, tokenizer.shapes_images = settings["data_dir"], settings["shapes_images"]
     if dit_checkpoint:
         check(dit_checkpoint["latents_of"] == latents_of, f"tokenizer={path} has other latents than the generator was "
               f"trained on, those of {dit_checkpoint['constants']['tokenizer']}")
@@ -82,16 +79,17 @@ class OtherTokenizer(nn.Module):
     image_size, downsample, latent_channels    ints
     data_dir, shapes_images                    optional, as in train_tokenizer.py
 
-    latent_mean and latent_std are 0 and 1 until they are measured; latent_shape is set by open_tokenizer. A cache knows
-    it by its weights alone: after a change of the file's code, give --rebuild_cache=True.
+    latent_mean and latent_std are 0 and 1 until they are measured. A cache knows it by its weights alone: after a change
+    of the file's code, give --rebuild_cache=True.
     """
 
-    SIZES = "image_size", "downsample", "latent_channels"
-    NEEDED = "encode", "decode", *SIZES
+    NEEDED = "encode", "decode", "image_size", "downsample", "latent_channels"
 
     def __init__(self, network):
         super().__init__()
-        self.network = network
+        self.network, self.image_size = network, network.image_size
+        side = network.image_size // network.downsample
+        self.latent_shape = network.latent_channels, side, side
         self.register_buffer("latent_mean", torch.zeros(network.latent_channels, 1, 1))
         self.register_buffer("latent_std", torch.ones(network.latent_channels, 1, 1))
 

@@ -325,6 +325,8 @@ class TCAE(nn.Module):
         super().__init__()
         check_sizes(image_size, patch_size, downsample, encoder, decoder, stc_depth, compression)
         width, depth, _ = parse_size("encoder", encoder)
+        side = image_size // downsample
+        self.image_size, self.latent_shape = image_size, (latent_channels, side, side)  # (c, H / f, W / f)
         # Eq. 3: f² = f_pix→tok · f_tok→lat. Patch embedding compresses p² : 1 and the compression layer 4 : 1; the
         # bottleneck does the rest of f², factor² : 1.
         factor = downsample / output_patch(patch_size, stc_depth)
