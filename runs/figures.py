@@ -134,12 +134,13 @@ def flow():
 
 
 def study_figure():
-    """study.png: how much neighbouring pixels of samples differ, where the border of latent positions shows as a peak;
+    """NAME.png, where `results` is docs/NAME: how much neighbouring pixels of samples differ, where the border of latent positions shows as a peak;
     how good reconstructions are, a dot for each seed; and how samples improve with the generator's steps (Figure 6),
     measured against the test images and against the tokenizer's own reconstructions."""
+    seeds, last = study.seeds_found(), study.LAST_STEP
     figure, ((profile, dots), curves) = plt.subplots(2, 2, figsize=(8, 5.6))
     for row, colour in ("p4-none", GREY), ("p4-stc-none", BLUE):
-        path = Path(results, f"{row}-seed0", "seams.json")
+        path = Path(results, f"{row}-seed{seeds[0] if seeds else 0}", "seams.json")
         if path.exists():
             kept = json.loads(path.read_text())
             places = range(1, len(kept["samples"]) + 1)
@@ -150,8 +151,6 @@ def study_figure():
     profile.set(xlabel="pixel; the latent's border is at 16", ylim=(0, None), xticks=range(0, 33, 8))
     if profile.lines:
         profile.legend(fontsize=8, frameon=False, loc="lower center")
-
-    seeds, last = study.seeds_found(), study.LAST_STEP
 
     def measured(row, column):
         """{seed: value}, without the seeds that were not run."""
@@ -178,11 +177,11 @@ def study_figure():
         axes.set(xscale="log", yscale="log", xlabel="the generator's steps")
         axes.set_xticks([*study.EARLY, last], [f"{step:,}" for step in (*study.EARLY, last)])
         axes.minorticks_off()
-    curves[0].set_yticks([2, 3, 4, 6], [2, 3, 4, 6])
+    curves[0].set_yticks([2, 3, 4, 6, 8], [2, 3, 4, 6, 8])
     curves[1].set_yticks([0.3, 0.5, 1, 2, 4], [0.3, 0.5, 1, 2, 4])
     curves[1].legend(fontsize=8.5, frameon=False)
     figure.tight_layout()
-    save(figure, "study.png")
+    save(figure, f"{Path(results).name}.png")
 
 
 def study_tokenizers(rows):
