@@ -68,6 +68,11 @@ MAY_CHANGE = {  # with --resume=True; all other constants must be those that the
     "tokenizer"}
 
 
+def check_constants(dist):
+    """Checks across constants. Each message names the constant and says what to do."""
+    runtime.check_training(globals(), dist, positive=("accumulate", "sample_every", "sample_steps", "shift_base"))
+
+
 class Example:
     """Draws what a step needs for an image: the image or its mirror image, a logit-normal(0, 1) time t, noise, and
     whether the label is dropped. Runs in the loading workers; the rng is the image's own in this epoch."""
@@ -99,7 +104,7 @@ def draw_samples(ema, tcae, shape, class_names, path, dist):
 
 def main():
     constants, dist, path, resumed = runtime.start(globals(), "dit", MAY_CHANGE)  # resumed: a checkpoint or None
-    runtime.check_training(constants, dist, positive=("accumulate", "sample_every", "sample_steps", "shift_base"))
+    check_constants(dist)
     runtime.make_folder(out_dir, dist)
 
     # The tokenizer, frozen, and the images it was trained on, or others

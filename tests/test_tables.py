@@ -166,9 +166,11 @@ def test_every_command_is_valid(monkeypatch, capsys, scripts, tables, table, sca
                 for name, value in constants.items():
                     changed.setattr(scripts[path], name, value)
                 scripts[path].check_constants(SimpleNamespace(count=processes))
-            if path == "train_tokenizer.py":
-                with torch.device("meta"):
+            with torch.device("meta"):
+                if path == "train_tokenizer.py":
                     TCAE.from_constants(constants)
+                elif path == "train_dit.py":
+                    LightningDiT(constants["size"], 1, 1, 1)
     results = {out.removeprefix("OUT/") for out in written if out.endswith(".json")}
     expected = set()
     for name in [name for name in tables.TABLES if name.split()[0] == table]:
