@@ -134,9 +134,9 @@ def flow():
 
 
 def study_figure():
-    """NAME.png, where `results` is docs/NAME: how much neighbouring pixels of samples differ, where the border of latent positions shows as a peak;
-    how good reconstructions are, a dot for each seed; and how samples improve with the generator's steps (Figure 6),
-    measured against the test images and against the tokenizer's own reconstructions."""
+    """NAME.png, where `results` is docs/NAME: how much neighbouring pixels of samples differ, where the border of latent
+    positions shows as a peak; how good reconstructions are, a dot for each seed; and how samples improve with the
+    generator's steps (Figure 6), measured against the test images and against the tokenizer's own reconstructions."""
     seeds, last = study.seeds_found(), study.LAST_STEP
     figure, ((profile, dots), curves) = plt.subplots(2, 2, figsize=(8, 5.6))
     for row, colour in ("p4-none", GREY), ("p4-stc-none", BLUE):
