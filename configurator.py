@@ -80,7 +80,7 @@ def leave():
         worker.kill()
     if torch.distributed.is_initialized():
         sys.stdout.flush()
-        record = os.environ.get("TORCHELASTIC_ERROR_FILE")  # fails_first wrote it, if it did
+        record = os.environ.get("TORCHELASTIC_ERROR_FILE")  # there if this process was the first to fail
         os._exit(1 if record is None or os.path.exists(record) else 0)
 
 

@@ -2,6 +2,7 @@
 
     python runs/figures.py --only=flow          # the encoder's token counts, drawn
     python runs/figures.py --only=study         # seams, reconstructions, and samples by the generator's steps
+    python runs/figures.py --only=study --results=docs/study_wide_vgg    # the same of another setting
     python runs/figures.py --only=reconstructions,colours    # from out/study: images, and tokens as colours
     python runs/figures.py --only=figure6       # the paper's Figure 6, after runs/tables.py --table=figure6
 """

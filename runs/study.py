@@ -11,9 +11,11 @@ latent positions. All rows of a seed share data, order, steps, generator and eva
 continues where it was; a finished cell is never run again. Our results are in docs/study/, and those of other settings,
 each with an out_dir of its own:
 
-    docs/study_l1         no perceptual loss: --tokenizer_config=config/study_l1_tokenizer.py
-    docs/study_wide       nor that, and 96 channels: study_wide_tokenizer.py, --dit_config=config/study_wide_dit.py
-    docs/study_wide_vgg   96 channels, with the perceptual loss: study_wide_vgg_tokenizer.py, the same generators
+    docs/study_l1          --tokenizer_config=config/study_l1_tokenizer.py: no perceptual loss, five epochs
+    docs/study_wide        --tokenizer_config=config/study_wide_tokenizer.py: the same with 96 channels
+    docs/study_wide_vgg    --tokenizer_config=config/study_wide_vgg_tokenizer.py: and with the perceptual loss
+
+The last two have wider generators, too: --dit_config=config/study_wide_dit.py.
 """
 import json
 import os
