@@ -6,8 +6,8 @@ from PIL import Image, ImageDraw
 
 
 class Shapes:
-    """Drawn images: one of ten shapes with random colour, size, place and rotation on a random background. Image i is
-    decided by (split, i) alone; its class is i % 10. The splits share no image."""
+    """Drawn images: one of ten shapes with random colour, size, place and tilt on a random background. Image i is decided
+    by (split, i) alone; its class is i % 10. The splits share no image."""
 
     classes = ["disc", "ring", "half disc", "crescent", "square", "triangle", "hexagon", "star", "cross", "bar"]
     constant = "data_dir"
@@ -24,12 +24,14 @@ class Shapes:
         rng = np.random.default_rng([self.stream, i])
         big = 4 * self.size  # drawn at four times the size and averaged, for smooth edges
         colour, corner_a, corner_b = contrasting_colours(rng)
-        ramp = np.linspace(0, 1, big)[:, None] if rng.random() < 0.5 else np.linspace(0, 1, big)[None]
-        background = corner_a + (corner_b - corner_a) * np.broadcast_to(ramp, (big, big))[:, :, None]
-        image = Image.fromarray(background.round().astype(np.uint8))
+        ramp = corner_a + (corner_b - corner_a) * np.linspace(0, 1, big)[:, None]  # (big, 3)
+        ramp = ramp.round().astype(np.uint8)
+        background = np.broadcast_to(ramp[:, None] if rng.random() < 0.5 else ramp, (big, big, 3))
+        image = Image.fromarray(np.ascontiguousarray(background))
         radius = rng.uniform(0.3, 0.42)
         centre = rng.uniform(radius, 1 - radius, 2)
-        stencil = draw_shape(self.classes[i % len(self.classes)], big, centre, radius, rng.uniform(0, 2 * math.pi))
+        tilt = rng.uniform(-math.pi / 12, math.pi / 12)  # at any angle, minutes of training give no corners (docs/LOG.md)
+        stencil = draw_shape(self.classes[i % len(self.classes)], big, centre, radius, tilt)
         image.paste(tuple(colour), mask=stencil)
         return image.reduce(4)
 
@@ -50,23 +52,24 @@ def contrasting_colours(rng):
 
 
 def draw_shape(name, size, centre, radius, angle):
-    """A shape as a stencil, PIL mode L, white on black. centre and radius: fractions of the side; angle: radians."""
-    def polygon(count, radii=(1.0,)):
-        return [(radii[k % len(radii)] * math.cos(2 * math.pi * k / count),
-                 radii[k % len(radii)] * math.sin(2 * math.pi * k / count)) for k in range(count)]
+    """A shape as a stencil, PIL mode L, white on black. centre and radius: fractions of the side; angle: radians, from
+    upright."""
+    def polygon(count, radii=(1.0,)):  # its first corner on top
+        return [(radii[k % len(radii)] * math.sin(2 * math.pi * k / count),
+                 -radii[k % len(radii)] * math.cos(2 * math.pi * k / count)) for k in range(count)]
 
     def place(points):  # from the shape's own plane, where it fills the unit circle, onto the canvas
         x, y = np.asarray(points, float).T * radius
         return [tuple(p) for p in size * np.stack([centre[0] + x * math.cos(angle) - y * math.sin(angle),
                                                    centre[1] + x * math.sin(angle) + y * math.cos(angle)], axis=1)]
 
-    white, black, disc, a = 255, 0, (0, 0, 1), 0.3
+    white, black, disc, a, b = 255, 0, (0, 0, 1), 0.3, 0.7
     parts = {  # discs (x, y, radius) and polygons [corners]; black ones cut away
         "disc": [(disc, white)],
         "ring": [(disc, white), ((0, 0, 0.55), black)],
         "half disc": [(disc, white), ([(-1.1, 0), (1.1, 0), (1.1, 1.2), (-1.1, 1.2)], black)],
         "crescent": [(disc, white), ((0.55, 0, 0.8), black)],
-        "square": [(polygon(4), white)],
+        "square": [([(-b, -b), (b, -b), (b, b), (-b, b)], white)],
         "triangle": [(polygon(3), white)],
         "hexagon": [(polygon(6), white)],
         "star": [(polygon(10, (1.0, 0.4)), white)],

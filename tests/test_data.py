@@ -82,6 +82,15 @@ def test_classes_are_told_apart_by_shape_alone():
             assert np.abs(stencils[i] - stencils[j]).max() > 0.03, (data.Shapes.classes[i], data.Shapes.classes[j])
 
 
+def test_shapes_stand_upright():
+    """Untilted, all but the crescent are their own mirror image; half disc, triangle and star change upside down."""
+    for name in data.Shapes.classes:
+        stencil = np.asarray(shapes.draw_shape(name, 128, (0.5, 0.5), 0.4, 0.0), float) / 255
+        mirrored, flipped = (np.abs(stencil - np.flip(stencil, axis)).mean() < 0.01 for axis in (1, 0))
+        assert mirrored == (name != "crescent"), name
+        assert flipped == (name not in ("half disc", "triangle", "star")), name
+
+
 def test_shapes_stand_out_from_their_background():
     """Colour, place and background vary, and the shape can be seen: otherwise a class is not in the image."""
     images = np.stack([np.asarray(data.Shapes("train", 100, 32).load(i), float) for i in range(100)])
