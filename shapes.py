@@ -68,7 +68,7 @@ def draw_shape(name, size, centre, radius, angle):
         "disc": [(disc, white)],
         "ring": [(disc, white), ((0, 0, 0.55), black)],
         "half disc": [(disc, white), ([(-1.1, 0), (1.1, 0), (1.1, 1.2), (-1.1, 1.2)], black)],
-        "crescent": [(disc, white), ((0.55, 0, 0.8), black)],
+        "crescent": [(disc, white), ((0, -0.55, 0.8), black)],
         "square": [([(-b, -b), (b, -b), (b, b), (-b, b)], white)],
         "triangle": [(polygon(3), white)],
         "hexagon": [(polygon(6), white)],
