@@ -423,21 +423,27 @@ def test_tokenizer_s_and_pairs_table(tokenizer, net, evaluate, refused, monkeypa
     is 1 - R_lat / R_tok."""
     monkeypatch.setattr(pretrained, "load_lpips", lambda *_: lambda a, b: (a - b).abs().mean((1, 2, 3), keepdim=True))
     shapes, tcae = data.Shapes("val", 500, 32), TCAE.from_checkpoint(torch.load(tokenizer))
-    originals = torch.from_numpy(np.stack([data.center_crop(shapes.load(i), 32) for i in (0, 166, 333, 499)]))
-    with torch.no_grad():
-        reconstructions = data.to_uint8(tcae.decode(tcae.encode(data.to_float(originals, CPU))))
-    expected = {"rFD (net.pt2)": net_distance(originals, reconstructions),
-                "PSNR": pytest.approx(data.psnr(originals, reconstructions).mean().item(), rel=1e-4),
-                "SSIM": pytest.approx(stage4.ssim(originals, reconstructions).mean().item(), rel=1e-4),
-                "LPIPS": pytest.approx((originals.float() - reconstructions).abs().mean().item() / 127.5, rel=1e-4),
-                "sharpness": pytest.approx((stage4.gradient_magnitude(reconstructions).mean()
-                                            / stage4.gradient_magnitude(originals).mean()).item(), rel=1e-4)}
+
+    def known(indices):
+        originals = torch.from_numpy(np.stack([data.center_crop(shapes.load(i), 32) for i in indices]))
+        with torch.no_grad():
+            reconstructions = data.to_uint8(tcae.decode(tcae.encode(data.to_float(originals, CPU))))
+        difference = (originals.float() - reconstructions).abs().mean().item() / 127.5
+        sharpness = stage4.gradient_magnitude(reconstructions).mean() / stage4.gradient_magnitude(originals).mean()
+        return originals, reconstructions, {
+            "rFD (net.pt2)": net_distance(originals, reconstructions),
+            "PSNR": pytest.approx(data.psnr(originals, reconstructions).mean().item(), rel=1e-4),
+            "SSIM": pytest.approx(stage4.ssim(originals, reconstructions).mean().item(), rel=1e-4),
+            "LPIPS": pytest.approx(difference, rel=1e-4), "sharpness": pytest.approx(sharpness.item(), rel=1e-4)}
+
+    originals, reconstructions, expected = known((0, 166, 333, 499))
     files = dict(reference=folder_of(originals, tmp_path / "a"), samples=folder_of(reconstructions, tmp_path / "b"))
     table = evaluate(**files, paired=True, feature_net=net)
     assert numbers(table) == expected and table["constants"]["paired"] and "4 pairs" in table["measured"]
     kept = tmp_path / "reconstructions.npz"
-    table = evaluate(tokenizer=tokenizer, feature_net=net, val_images=4, statistics=kept)
-    assert f"{tokenizer}: reconstructions of 4 images of shapes, 32 px" in table["measured"]
+    table = evaluate(tokenizer=tokenizer, feature_net=net, val_images=50, statistics=kept)  # of 4 a probe may know none
+    _, reconstructions, expected = known(np.linspace(0, 499, 50).round().astype(int))
+    assert f"{tokenizer}: reconstructions of 50 images of shapes, 32 px" in table["measured"]
     assert "fitted on 80 training images" in table["measured"]
     before, after = table["probe on tokens"], table["probe on latents"]
     assert numbers(table) == {**expected, **{name: table[name] for name in PROBES}}
