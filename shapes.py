@@ -6,8 +6,8 @@ from PIL import Image, ImageDraw
 
 
 class Shapes:
-    """Drawn images: one of ten shapes with random colour, size, place and tilt on a random background. Image i is decided
-    by (split, i) alone; its class is i % 10. The splits share no image."""
+    """Drawn images: one of ten shapes with random colour, size, place and tilt on a random background. Image i is
+    decided by (split, i) alone; its class is i % 10. The splits share no image."""
 
     classes = ["disc", "ring", "half disc", "crescent", "square", "triangle", "hexagon", "star", "cross", "bar"]
     constant = "data_dir"
@@ -30,7 +30,7 @@ class Shapes:
         image = Image.fromarray(np.ascontiguousarray(background))
         radius = rng.uniform(0.3, 0.42)
         centre = rng.uniform(radius, 1 - radius, 2)
-        tilt = rng.uniform(-math.pi / 12, math.pi / 12)  # at any angle, minutes of training give no corners (docs/LOG.md)
+        tilt = rng.uniform(-math.pi / 12, math.pi / 12)  # at any angle, minutes give no corners (docs/LOG.md)
         stencil = draw_shape(self.classes[i % len(self.classes)], big, centre, radius, tilt)
         image.paste(tuple(colour), mask=stencil)
         return image.reduce(4)
@@ -63,7 +63,7 @@ def draw_shape(name, size, centre, radius, angle):
         return [tuple(p) for p in size * np.stack([centre[0] + x * math.cos(angle) - y * math.sin(angle),
                                                    centre[1] + x * math.sin(angle) + y * math.cos(angle)], axis=1)]
 
-    white, black, disc, a, b = 255, 0, (0, 0, 1), 0.3, 0.7
+    white, black, disc, a, b = 255, 0, (0, 0, 1), 0.3, 0.7  # b: 1 / √2
     parts = {  # discs (x, y, radius) and polygons [corners]; black ones cut away
         "disc": [(disc, white)],
         "ring": [(disc, white), ((0, 0, 0.55), black)],

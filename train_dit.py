@@ -132,8 +132,8 @@ def main():
         model.load_state_dict(resumed["model"])
         ema.load_state_dict(resumed["ema"])
         optimizers.load_state_dict(resumed["optimizer"])
-    # On a CPU, compiling takes 10 to 40 s and saves a quarter of every step: worth it in a run of minutes, which 2e13
-    # operations take. Only constants decide, so a resumed run decides the same.
+    # On a CPU, compiling takes 10 to 40 s and saves an eighth to a quarter of every step: worth it in a run of minutes,
+    # which 2e13 operations take. Only constants decide, so a resumed run decides the same.
     operations = 6 * parameters * shape[1] * shape[2] * batch_size * steps  # 6 for each weight and token
     if dist.should_compile(compile, pays=operations > 2e13):
         compile_blocks(model, ema)

@@ -73,7 +73,7 @@ def test_classes_are_told_apart_by_shape_alone():
     """Same colour, place, size and angle: every pair of stencils differs, beyond a turn that would make them equal."""
     stencils = []
     for name in data.Shapes.classes:
-        stencil = np.asarray(shapes.draw_shape(name, 128, (0.5, 0.5), 0.35, 0.3)) > 127
+        stencil = np.asarray(shapes.draw_shape(name, 128, (0.5, 0.5), 0.35, 0.2)) > 127
         assert 0.03 < stencil.mean() < 0.5 and not stencil[0].any() and not stencil[:, 0].any()
         centre = np.hypot(*(np.mgrid[:128, :128] - 63.5))
         stencils.append(np.array([stencil[(centre >= r) & (centre < r + 8)].mean() for r in range(0, 48, 8)]))  # radial
@@ -88,6 +88,19 @@ def test_shapes_stand_upright():
         stencil = np.asarray(shapes.draw_shape(name, 128, (0.5, 0.5), 0.4, 0.0), float) / 255
         mirrored, flipped = (np.abs(stencil - np.flip(stencil, axis)).mean() < 0.01 for axis in (1, 0))
         assert mirrored and flipped == (name not in ("half disc", "crescent", "triangle", "star")), name
+        upper, lower = stencil[:64].sum(), stencil[64:].sum()
+        assert name != "half disc" or lower < 0.05 * upper
+        assert name not in ("crescent", "triangle") or upper < 0.9 * lower
+        assert name != "star" or stencil[15, 64] == 1  # its point
+
+
+def test_shapes_tilt_a_little_to_both_sides(monkeypatch):
+    angles, draw_shape = [], shapes.draw_shape
+    monkeypatch.setattr(shapes, "draw_shape", lambda *given: angles.append(given[-1]) or draw_shape(*given))
+    source = data.Shapes("train", 100, 16)
+    for i in range(100):
+        source.load(i)
+    assert -np.pi / 12 <= min(angles) < -0.2 and 0.2 < max(angles) <= np.pi / 12
 
 
 def test_shapes_stand_out_from_their_background():
