@@ -74,7 +74,8 @@ def ignore_signals(_):
 @atexit.register
 def leave():
     """When a process exits, its loading workers end at once. If it is still connected to others, it has failed:
-    os._exit keeps gloo's threads from adding a line of their own. torchrun hears only of the first failure."""
+    os._exit keeps gloo's threads from adding a line of their own. torchrun hears only of the first failure. One that
+    was connected and is done leaves by os._exit, too: now and then a thread of its libraries aborts the normal exit."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises an error about every worker
     for worker in multiprocessing.active_children():
         worker.kill()
@@ -82,6 +83,12 @@ def leave():
         sys.stdout.flush()
         record = os.environ.get("TORCHELASTIC_ERROR_FILE")  # there if this process was the first to fail
         os._exit(1 if record is None or os.path.exists(record) else 0)
+    if leave.done and not hasattr(sys, "last_value"):  # no exception since
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(0)
+
+
+leave.done = False  # runtime.Distributed.close() sets it
 
 
 def configure(script, arguments=None):

@@ -28,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 from configurator import SIGNALS, check, configure, fail, first_line, first_traceback, ignore_signals  # noqa: F401
+from configurator import leave
 
 HERE = Path(__file__).parent
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # torch.load unpickles nothing, whichever library calls it
@@ -196,6 +197,7 @@ class Distributed:
         if self.count > 1:
             self.wait()
             torch.distributed.destroy_process_group()
+            leave.done = True
 
 
 # ----------------------------------------------------------------------------------------------------------------------
