@@ -1,4 +1,4 @@
-"""For all tests: our modules first on the path, one thread, and a way to run the scripts as a user does."""
+"""For all tests: our modules first on the path, one thread, no GPU, and a way to run the scripts as a user does."""
 import multiprocessing
 import os
 import signal
@@ -9,6 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # for test_cuda.py; the other tests say what a CPU does
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import pytest  # noqa: E402
 import runtime  # noqa: E402, F401 (pytest or a plugin may have imported Python's ssl: it adds ours)

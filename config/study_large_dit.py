@@ -1,0 +1,9 @@
+"""The generators beside config/study_large_tokenizer.py."""
+from config.study_wide_dit import *  # noqa: F401, F403
+
+workers = 2
+epochs = 20
+decay_epoch = 10.0
+ema_momentum = 0.998
+keep_every = 390  # a tenth; for the curve of gFD against steps
+save_every = 1000
