@@ -9,8 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # for test_cuda.py; the other tests say what a CPU does
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+GPUS = os.environ.setdefault("TEST_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))  # pytest-xdist's processes, too
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests say what a CPU does, but for test_cuda.py
 
 import pytest  # noqa: E402
 import runtime  # noqa: E402, F401 (pytest or a plugin may have imported Python's ssl: it adds ours)

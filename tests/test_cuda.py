@@ -24,9 +24,9 @@ STAGES = {
 
 def start(*arguments):
     """`python ARGUMENTS` where the GPUs can be seen."""
-    environment = clean_environment()
-    environment.pop("CUDA_VISIBLE_DEVICES")
-    environment |= {} if GPUS is None else {"CUDA_VISIBLE_DEVICES": GPUS}
+    environment = clean_environment(CUDA_VISIBLE_DEVICES=GPUS)
+    if GPUS == "all":
+        del environment["CUDA_VISIBLE_DEVICES"]
     return subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE, text=True)
 
