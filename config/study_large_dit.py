@@ -5,5 +5,4 @@ workers = 2
 epochs = 20
 decay_epoch = 10.0
 ema_momentum = 0.998
-keep_every = 390  # a tenth; for the curve of gFD against steps
 save_every = 1000

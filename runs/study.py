@@ -14,8 +14,9 @@ each with an out_dir of its own:
     docs/study_l1          --tokenizer_config=config/study_l1_tokenizer.py: no perceptual loss, five epochs
     docs/study_wide        --tokenizer_config=config/study_wide_tokenizer.py: the same with 96 channels
     docs/study_wide_vgg    --tokenizer_config=config/study_wide_vgg_tokenizer.py: and with the perceptual loss
+    docs/study_large       --tokenizer_config=config/study_large_tokenizer.py: twice as wide, longer, α = 1; for a GPU
 
-The last two have wider generators, too: --dit_config=config/study_wide_dit.py.
+The wide ones have wider generators, too, --dit_config=config/study_wide_dit.py; the last, config/study_large_dit.py.
 """
 import json
 import os

@@ -43,7 +43,7 @@ scale = "imagenet"  # or "shapes": everything tiny, on built-in images; a smoke 
 gpus = 0  # processes of each run; 0 = 8, for shapes 1
 accumulate = 1  # micro-batches per step of the tokenizer, for less memory (DINOv2's KoLeo and Sinkhorn then see less)
 cfg_scales = (1.25, 1.5, 2.0, 3.0, 4.0, 6.7, 10.0)  # tried for "with guidance"; the paper omits its scale
-tflops = 396.0  # for --cost: what a GPU reaches, 10¹² operations per second; 40 % of an H100's peak in bfloat16
+tflops = 226.0  # for --cost: what a GPU reaches, 10¹² operations per second; an H200 in stage 1 (docs/LOG.md)
 
 PARTS = {  # of a row's name: the constants of train_tokenizer.py that they set; stc_depth is 0 without stc, m3 and m9
     "p64": dict(patch_size=64, global_crop_size=256, local_crop_size=128),  # crops are whole patches

@@ -503,7 +503,7 @@ def test_dc_ae_costs_what_the_paper_says(tables):
 
 
 def test_costs_are_printed(monkeypatch, capsys):
-    """S–S costs 75 GFLOPs by hand, and convolutions; hours are of 1,281,167 images an epoch at 8 × 396 TFLOP/s."""
+    """S–S costs 75 GFLOPs by hand, and convolutions; hours are of 1,281,167 images an epoch at 8 × 226 TFLOP/s."""
     call(monkeypatch, table=8, cost=True)
     tokenizers, stages, generator = capsys.readouterr().out.split("\n\n")[1:]
     head, _, *rows = tokenizers.strip().splitlines()
@@ -515,8 +515,8 @@ def test_costs_are_printed(monkeypatch, capsys):
     _, _, encode, decode, both, _, multiply_adds, step, hours = cells["p8-stc-none"]
     assert 75 < both < 80 and both == pytest.approx(encode + decode, abs=0.1)
     assert multiply_adds == pytest.approx(both / 2, abs=0.1)
-    assert hours == pytest.approx(step * 1e9 * 50 * 1281167 / (8 * 396e12) / 3600, abs=0.1)
+    assert hours == pytest.approx(step * 1e9 * 50 * 1281167 / (8 * 226e12) / 3600, abs=0.1)
     for row in stages.strip().splitlines()[2:]:
         step, epochs, hours = map(float, row.strip("| ").split(" | ")[1:])
-        assert hours == pytest.approx(step * 1e9 * epochs * 1281167 / (8 * 396e12) / 3600, abs=0.1)
+        assert hours == pytest.approx(step * 1e9 * epochs * 1281167 / (8 * 226e12) / 3600, abs=0.1)
     assert "675.5 M" in generator
