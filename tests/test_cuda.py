@@ -76,7 +76,6 @@ def test_a_stage_trains_as_on_a_cpu(stage, base, tmp_path):
     command = [word.format(base) for word in STAGES[stage]]
     cpu, cuda, compiled = (train(tmp_path / name, *command, *device)
                            for name, device in (("cpu", CPU), ("cuda", CUDA), ("compiled", COMPILED)))
-    print(stage, *(f"{difference(cpu, other, steps):.1e}" for other in (cuda, compiled) for steps in (5, len(cpu))))
     assert difference(cpu, cuda, 5) < 0.01
     assert difference(cpu, compiled, 5) < 0.05
 
@@ -91,7 +90,6 @@ def test_a_stopped_run_goes_on(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert "stopped: saved" in process.communicate(timeout=100)[0]
     assert "resumed from" in run(*command, f"--out_dir={tmp_path}/part", "--log_every=1", "--resume=True")
-    print("resumed", difference(whole, terms(tmp_path / "part"), len(whole)))
     assert difference(whole, terms(tmp_path / "part"), len(whole)) < 0.05
 
 
@@ -106,7 +104,6 @@ def test_samples_and_measurements_are_a_cpu_s(base, tmp_path):
         with np.load(tmp_path / name / "samples.npz") as file:
             drawn.append(file["arr_0"].astype(float))
         measured.append(json.loads((tmp_path / f"{name}.json").read_text()))
-    print("samples", [abs(other - drawn[0]).mean() for other in drawn], drawn[0].std(), measured)
     assert drawn[0].std() > 10
     assert abs(drawn[1] - drawn[0]).mean() < 1 and abs(drawn[2] - drawn[0]).mean() < 3
     for other, tolerance in zip(measured[1:], (0.01, 0.05)):
