@@ -1,4 +1,4 @@
-"""The generators beside config/study_large_tokenizer.py."""
+"""The generators beside config/study_large_tokenizer.py: trained twice as long as config/study_wide_dit.py's."""
 from config.study_wide_dit import *  # noqa: F401, F403
 
 workers = 2
