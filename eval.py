@@ -7,7 +7,7 @@
 
 Reconstruction: rFID, PSNR, SSIM, LPIPS, sharpness. Generation: gFID, IS and, with a `feature_net` that knows the
 generator's classes in the same order, "recognised": the share of samples that it puts in the class they were drawn for,
-of all classes and of the worst. Linear probes (Table 1): the accuracy R_tok of a linear classifier on average-pooled
+over all and in the worst class. Linear probes (Table 1): the accuracy R_tok of a linear classifier on average-pooled
 tokens, R_lat of one on average-pooled latents, and the structure loss, 1 - R_lat / R_tok; also a probe on [CLS] and
 pooled tokens together, as in DINOv2's evaluation.
 Prints a table and writes it to eval.json, beside the checkpoint or the samples.
@@ -91,7 +91,7 @@ def evaluate_tokenizer(dist):
         values = int(np.prod(tcae.latent_shape))
         results[f"PSNR of PCA, {values} values"] = pca_psnr(train, val, values, size, dist)
     fitted = int(dist.sum(torch.tensor(float(sum(map(len, of_train.labels))))))
-    about = f"{count} images of {where}, {size} px; probes fitted on {fitted} training images"
+    about = f"{count} images of {where}, {size} px" + (f"; probes fitted on {fitted} training images" if fitted else "")
     return f"{tokenizer}: reconstructions of {about}", {**results, **probes(of_train, of_val, dist)}
 
 
@@ -206,7 +206,7 @@ def open_feature_net(size, dist):
 
 
 def load_network(metric, constant, load, dist, required=False):
-    """load(); or None and a message, if `constant` is "none" or weights are missing. required: then it is the end."""
+    """load(), or None and a message if `constant` is "none" or weights are missing; if required, the run ends then."""
     why = f"{constant}=none"
     if globals()[constant] != "none":
         try:

@@ -3,11 +3,11 @@
     torchrun --nproc_per_node=8 finetune_decoder.py                           # after the paper's run of stage 1
     python finetune_decoder.py config/cifar10_finetune.py                     # an experiment for two CPU cores
 
-The loss is L_rec = L1 + λ_p LPIPS + λ_q w L_adv (Eq. 6), without L_iBOT: so we read Table 7's α = 0. Encoder and
-bottleneck are frozen, so the latents do not change and a generator trained on them still fits. There are three phases:
-reconstruction alone; from discriminator_start on the discriminator trains beside it; from adversarial_start on its
-loss reaches the decoder. Writes out_dir/checkpoint.pt (a tokenizer like stage 1's, with the averaged decoder),
-log.jsonl and reconstructions.png.
+The loss is L_rec = L1 + λ_p LPIPS + λ_q w L_adv (Eq. 6) alone: Table 7 has α = 0 here, which in Eq. 5 would drop L_rec,
+and we take it to drop L_iBOT. Encoder and bottleneck are frozen, so the latents do not change and a generator trained
+on them still fits. There are three phases: reconstruction alone; from discriminator_start on the discriminator trains
+beside it; from adversarial_start on its loss reaches the decoder. Writes out_dir/checkpoint.pt (a tokenizer like stage
+1's, with the averaged decoder), log.jsonl and reconstructions.png.
 """
 import copy
 import functools
@@ -224,8 +224,8 @@ def main():
         if dist.first:
             runtime.save_checkpoint(path, state)
 
-    for step in range(start, steps):  # none if a resumed run lacks only what comes after the loop
-        if step and step % eval_every == 0:  # first, so that a run stopped while validating does it when resumed
+    for step in range(start, steps):  # empty if the run was stopped after its last step
+        if step and step % eval_every == 0:  # before the step: stopped here, a resumed run does it again
             try:
                 progress.validated(data.validate(averaged, val, image_size, val_images, dist, picture))
             except runtime.Stopped:

@@ -3,7 +3,7 @@
     open_tokenizer                 from stage 1's checkpoint, or from a Python file (runs/tokenizers/ has examples)
     measure_latents, measure_once  the mean and std of its latents; another tokenizer's are kept beside the cache
     Store                          an array on disk that many processes fill
-    fill_cache, LatentDataset, encode_half    the data set as latents, encoded once into a file, or on the fly
+    fill_cache, LatentDataset, encode_float16    the data set as latents, encoded once into a file, or on the fly
 """
 import importlib.util
 import json
@@ -79,8 +79,8 @@ class OtherTokenizer(nn.Module):
     image_size, downsample, latent_channels    ints
     data_dir, shapes_images                    optional, as in train_tokenizer.py
 
-    latent_mean and latent_std are 0 and 1 until they are measured. A cache knows it by its weights alone: after a change
-    of the file's code, give --rebuild_cache=True.
+    latent_mean and latent_std are 0 and 1 until they are measured. A cache knows it by its weights alone: after a
+    change of the file's code, give --rebuild_cache=True.
     """
 
     NEEDED = "encode", "decode", "image_size", "downsample", "latent_channels"
@@ -229,7 +229,7 @@ class LatentDataset:
         return self.source.fingerprint()
 
 
-def encode_half(tcae, pixels, dist):
+def encode_float16(tcae, pixels, dist):
     """uint8 (B, H, W, 3) -> z (B, c, h, w), normalised, rounded to float16."""
     with torch.no_grad(), dist.autocast():
         return tcae.encode(data.to_float(pixels, dist.device)).half()
@@ -266,7 +266,7 @@ def fill_cache(path, tcae, source, rebuild, workers, dist):
     for pixels, indices in data.eval_loader(source, tcae.image_size, batch, dist, workers, indices=todo,
                                             title="encoding the data set once"):
         both = torch.stack([pixels, pixels.flip(2)], dim=1).flatten(0, 1)  # (2 b, H, W, 3): image, mirror image, …
-        z = encode_half(tcae, both, dist).cpu().unflatten(0, (-1, 2))  # (b, 2, c, h, w)
+        z = encode_float16(tcae, both, dist).cpu().unflatten(0, (-1, 2))  # (b, 2, c, h, w)
         store.put(indices.numpy(), z.numpy())
     mine = todo[dist.rank::dist.count]  # as eval_loader divides them
     failed = mine[store.state[mine] != 1]

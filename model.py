@@ -592,8 +592,8 @@ def cfg_velocity(model, labels, null_class, cfg_scale=1.0, cfg_interval=(0.0, 1.
 def sample_flow(velocity, noise, steps, method="euler", shift_base=4096):
     """Integrates dz/dt = velocity(z, t) from noise (B, c, h, w) at t = 1 to data at t = 0, in `steps` shifted steps.
 
-    method "euler": one evaluation per step. "heun": two, of second order; its last step is Euler's, since the velocity
-    is not defined at t = 0 itself.
+    method "euler": one evaluation per step. "heun": two, of second order; its last step is Euler's, since training
+    never sees t = 0.
     """
     z = noise
     times = shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), noise.shape[1:], shift_base).float()

@@ -25,10 +25,8 @@ class Optimizer:
 
     def __init__(self, model, constants, dist, undecayed=lambda name, parameter: False):
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        matrices = []
-        if constants["optimizer"] == "muon":
-            inner = [name for name, p in trained.items() if p.ndim > 1 and MATRICES & set(name.split("."))]
-            matrices = [trained.pop(name) for name in inner]
+        inner = [name for name, p in trained.items() if p.ndim > 1 and MATRICES & set(name.split("."))]
+        matrices = [trained.pop(name) for name in inner] if constants["optimizer"] == "muon" else []
         groups = [{"params": [p for name, p in trained.items() if not undecayed(name, p)]},
                   {"params": [p for name, p in trained.items() if undecayed(name, p)], "weight_decay": 0.0}]
         groups = [group for group in groups if group["params"]]
@@ -36,7 +34,7 @@ class Optimizer:
         self.parts = {"adamw": torch.optim.AdamW(groups, lr=rate, betas=constants["betas"], weight_decay=decay,
                                                  fused=dist.device.type in ("cuda", "cpu"))}
         self.rates = {"adamw": 1.0, "muon": constants["muon_rate"]}  # factors of the learning rate
-        if constants["optimizer"] == "muon":
+        if matrices:
             self.parts["muon"] = Muon(matrices, dist.dtype, weight_decay=decay)
 
     def step(self, learning_rate):

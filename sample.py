@@ -24,7 +24,7 @@ use_ema = True  # False: the last step's weights instead of their average
 
 classes = ""  # class numbers, such as 0,5,7; "" = the first ten for the picture, all for an .npz
 per_class = 8  # samples of each class in the picture
-num_samples = 0  # above 0: write this many samples to an .npz instead, as many of each class
+num_samples = 0  # above 0: write this many samples to an .npz instead, of the classes in turn
 
 steps = 50  # solver steps from noise to data
 method = "euler"  # or "heun": second order, at twice the cost per step
@@ -39,9 +39,9 @@ dtype = "auto"  # matrix products in bfloat16 or float32; auto = bfloat16 where 
 
 
 @torch.no_grad()
-def draw(dit, tcae, indices, labels, shape, shift_base, dist):
+def draw(dit, tcae, indices, labels, shift_base, dist):
     """Draws the samples `indices`, of the classes `labels` -> uint8 (B, H, W, 3) on the CPU."""
-    noise = np.stack([np.random.default_rng([seed, i]).standard_normal(shape, np.float32) for i in indices])
+    noise = np.stack([np.random.default_rng([seed, i]).standard_normal(tcae.latent_shape, np.float32) for i in indices])
     noise, labels = torch.from_numpy(noise).to(dist.device), torch.tensor(labels, device=dist.device)
     with dist.autocast():
         velocity = cfg_velocity(dit, labels, dit.null_class, cfg_scale, cfg_interval)
@@ -85,7 +85,7 @@ def main():
     mine = store.to_do(dist)[dist.rank::dist.count]
     for k in runtime.bar(range(0, len(mine), batch_size), dist, desc="sampling", unit="batch"):
         indices = mine[k:k + batch_size]
-        images = draw(dit, tcae, indices, labels[indices], shape, saved["constants"]["shift_base"], dist)
+        images = draw(dit, tcae, indices, labels[indices], saved["constants"]["shift_base"], dist)
         store.put(indices, images.numpy())
         if dist.stop:
             break

@@ -1,7 +1,7 @@
 """Stage 2: the generator, a LightningDiT trained by flow matching on the tokenizer's latents (Sec. 4.1).
 
-    python train_dit.py config/shapes_dit.py                                     # after stage 1's demo
-    torchrun --nproc_per_node=8 train_dit.py                                     # the paper's run
+    python train_dit.py config/shapes_dit.py        # after train_tokenizer.py config/shapes_tokenizer.py
+    torchrun --nproc_per_node=8 train_dit.py        # the paper's run
 
 First it encodes all images and their mirror images into latents.cache (ImageNet at 8 × 8 × 128: 42 GB on disk,
 memory-mapped). If that is interrupted, the next run continues. The tokenizer's settings come from its checkpoint;
@@ -16,7 +16,7 @@ import torch
 import data
 import optim
 import runtime
-from latents import LatentDataset, OtherTokenizer, encode_half, fill_cache, measure_once, open_tokenizer
+from latents import LatentDataset, OtherTokenizer, encode_float16, fill_cache, measure_once, open_tokenizer
 from model import LightningDiT, cfg_velocity, compile_blocks, flow_matching_loss, sample_flow, shift_time
 from runtime import check
 
@@ -90,11 +90,11 @@ class Example:
 
 
 @torch.no_grad()
-def draw_samples(ema, tcae, shape, class_names, path, dist):
+def draw_samples(ema, tcae, class_names, path, dist):
     """Draws a grid of EMA samples, four of each of the first ten classes, from the same noise every time."""
     rng, columns = np.random.default_rng(seed), min(10, len(class_names))
     labels = torch.arange(columns).repeat(4).to(dist.device)
-    noise = torch.from_numpy(rng.standard_normal((len(labels), *shape), np.float32)).to(dist.device)
+    noise = torch.from_numpy(rng.standard_normal((len(labels), *tcae.latent_shape), np.float32)).to(dist.device)
     with dist.autocast():
         velocity = cfg_velocity(ema, labels, ema.null_class, sample_cfg_scale)
         z = sample_flow(velocity, noise, sample_steps, shift_base=shift_base)
@@ -142,7 +142,7 @@ def main():
     cache_path = cache or os.path.join(out_dir, "latents.cache")
     store = None  # without a cache
     try:
-        if isinstance(tcae, OtherTokenizer):
+        if isinstance(tcae, OtherTokenizer) and not resumed:
             measure_once(f"{cache_path}.statistics", tcae, source, rebuild_cache, workers, dist)
         if cache_latents:
             store = fill_cache(cache_path, tcae, source, rebuild_cache, workers, dist)
@@ -173,7 +173,7 @@ def main():
         for micro_batch in range(accumulate):
             # The latents z of B images, normalised per channel by TCAE.encode; without a cache, x is still pixels.
             x, t, noise, labels = (part.to(dist.device, non_blocking=True) for part in next(loader))
-            z = (x if store else encode_half(tcae, x, dist)).float()  # (B, c, h, w)
+            z = (x if store else encode_float16(tcae, x, dist)).float()  # (B, c, h, w)
 
             # Flow matching (Sec. 4.1): at z_t = (1 - t) z + t noise the model predicts the velocity noise - z, by mean
             # squared error. t is logit-normal, from Example; the larger the latent, the further it is shifted to 1.
@@ -201,7 +201,7 @@ def main():
             loader.report_bad_files()
         if drawing:
             if dist.first:
-                draw_samples(ema, tcae, shape, source.classes, picture, dist)
+                draw_samples(ema, tcae, source.classes, picture, dist)
             progress.start_clock()
         if keeping and dist.first:
             runtime.save_checkpoint(os.path.join(out_dir, f"step-{done}.pt"), sampling_state(done))

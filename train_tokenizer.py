@@ -1,9 +1,9 @@
 """Stage 1: the TC-AE tokenizer, trained jointly with self-supervision (Sec. 3.4 and 3.5).
 
-    python runs/features.py config/shapes_vgg.py                              # a laptop: first its perceptual loss
+    python runs/features.py config/shapes_vgg.py                              # a laptop: the perceptual loss, then
     python train_tokenizer.py config/shapes_tokenizer.py
     torchrun --nproc_per_node=8 train_tokenizer.py --patch_size=8             # the paper's run, ImageNet in imagenet/
-    python train_tokenizer.py config/shapes_tokenizer.py --resume=True        # the same again: continues a stopped run
+    python train_tokenizer.py config/shapes_tokenizer.py --resume=True        # continues it after a stop
 
 L = α L_rec + L_iBOT (Eq. 5), L_rec = L1 + λ_p LPIPS (Eq. 6; its adversarial term comes in finetune_decoder.py). The
 defaults are Table 7's left column. Writes out_dir/checkpoint.pt, log.jsonl and reconstructions.png.
@@ -37,11 +37,11 @@ downsample = 32  # f: side of one latent position, pixels
 latent_channels = 128  # c (Table 10: 256, Table 11: 32)
 encoder = "S"  # S, B, L or width/depth/heads such as 128/4/4
 decoder = "S"  # the same (Fig. 8)
-stc_depth = 6  # M: blocks before the compression layer; 0 = no such layer (Table 6's M = 12; its M = 0 is our p = 16)
+stc_depth = 6  # M: blocks before the compression layer; 0 = no such layer (as Table 6's M = 12; its M = 0: p = 16, too)
 compression = "conv"  # or "shuffle" (Table 8)
 
 # Objective
-alpha = 0.1  # α, weight of L_rec (Table 9); our L1 is on pixels in [-1, 1], twice that on [0, 1]: the paper is silent
+alpha = 0.1  # α, weight of L_rec (Table 9). L1 is of pixels in [-1, 1], our choice; in [0, 1] it would be half as large
 lpips_weight = 1.0  # λ_p; 0 = no perceptual loss, and no download of VGG
 lpips_net = "vgg"  # VGG-16; "alex", AlexNet; or a .pt2 file of feature maps, for other images (runs/features.py)
 
@@ -125,7 +125,7 @@ class Views:
         self.short_side = max(image_size, multi_crop.short_side if multi_crop else 0)  # pixels of a JPEG to decode
 
     def __call__(self, image, rng):
-        """One image -> its views, {"images": uint8 (H, W, 3), "global_crops": uint8 (2, g, g, 3), …}."""
+        """An image -> its views."""
         pixels = np.array(image)
         views = {"images": data.random_crop(pixels, rng, self.image_size)}
         if self.multi_crop:
@@ -133,7 +133,7 @@ class Views:
         return views
 
     def collate(self, examples):
-        """The views of B images -> a micro-batch, {"images": (B, H, W, 3), "global_crops": (2 B, g, g, 3), …}."""
+        """The views of B images -> a micro-batch."""
         batch = default_collate(examples)
         images = {"images": batch.pop("images")}
         return images | ssl.collate_crops(batch) if self.multi_crop else images
@@ -212,8 +212,8 @@ def main():
         if dist.first:
             runtime.save_checkpoint(path, state)
 
-    for step in range(start, steps):  # none if a resumed run lacks only what comes after the loop
-        if step and step % eval_every == 0:  # first, so that a run stopped while validating does it when resumed
+    for step in range(start, steps):  # empty if the run was stopped after its last step
+        if step and step % eval_every == 0:  # before the step: stopped here, a resumed run does it again
             try:
                 progress.validated(data.validate(tcae, val, image_size, val_images, dist, picture))
             except runtime.Stopped:
@@ -246,9 +246,9 @@ def main():
                 rec = rec + lpips_weight * terms["lpips"]
             loss = alpha * rec
 
-            # Eq. 4: L_iBOT = L_[CLS] + L_MIM. From every crop the student predicts the teacher's distribution over the
-            # prototypes: that of [CLS] in each *other* global crop and, at masked tokens, that of the teacher, who sees
-            # them (L_MIM is 0 for DINO, which masks nothing). Gradients reach the encoder and the heads only.
+            # Eq. 4: L_iBOT = L_[CLS] + L_MIM. The student predicts the teacher's distributions over the prototypes: that
+            # of [CLS] in each global crop from every *other* crop, and those of hidden tokens from the masked crop
+            # (L_MIM is 0 for DINO, which masks nothing). Gradients reach the encoder and the heads only.
             if self_supervised:
                 with torch.no_grad(), dist.autocast():
                     teacher_out = ssl_output(teacher["encoder"], teacher["heads"], views, student=False)
