@@ -3,4 +3,3 @@ data_dir = "shapes"
 width = 16
 epochs = 4
 batch_size = 128
-learning_rate = 0.2

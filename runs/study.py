@@ -1,6 +1,6 @@
 """The paper's claim in miniature: Table 2 and its neighbours on CIFAR-10, on two CPU cores.
 
-    python runs/features.py --data_dir=cifar10 --width=16 --epochs=4              # first: what FD is measured with,
+    python runs/features.py --data_dir=cifar10                                    # first: what FD is measured with,
     python runs/features.py config/cifar10_vgg.py --data_dir=cifar10              # and the perceptual loss
     python runs/study.py --data_dir=cifar10                                       # Table 2's rows and p = 8, two seeds
     python runs/study.py --data_dir=cifar10 --rows=p16,p8,p16-none                # the rest of Table 3's
@@ -233,7 +233,7 @@ def main():
         common_dtype = str(runtime.Distributed(dtype=common_dtype, saves=False).dtype).removeprefix("torch.")
         waiting, running = [f"{row}:{seed}" for seed in seeds for row in chosen if not is_finished(row, seed)], []
         check(not waiting or os.path.isfile(feature_net), f"feature_net={feature_net}: there is no such file. First run "
-              f"python runs/features.py --data_dir={data_dir} --width=16 --epochs=4 --out={feature_net}")
+              f"python runs/features.py --data_dir={data_dir} --out={feature_net}")
         failed = 0
         while waiting or running:
             while waiting and len(running) < jobs:
