@@ -22,7 +22,7 @@ images = 4000  # to fit on
 
 
 class PCA(nn.Module):
-    data_dir, shapes_images, image_size = "shapes", 20000, 32  # as in config/shapes_tokenizer.py
+    data_dir, shapes_images, image_size = "shapes", 20800, 32  # as in config/shapes_tokenizer.py
     downsample, latent_channels = 8, 8  # 32 and 128: of whole images
 
     def __init__(self, mean, basis):
