@@ -225,7 +225,7 @@ def main():
             runtime.save_checkpoint(path, state)
 
     for step in range(start, steps):  # empty if the run was stopped after its last step
-        if step and step % eval_every == 0:  # before the step: stopped here, a resumed run does it again
+        if step and step % eval_every == 0:  # before the step, so that a run stopped here does it again
             try:
                 progress.validated(data.validate(averaged, val, image_size, val_images, dist, picture))
             except runtime.Stopped:

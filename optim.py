@@ -34,7 +34,7 @@ class Optimizer:
         self.parts = {"adamw": torch.optim.AdamW(groups, lr=rate, betas=constants["betas"], weight_decay=decay,
                                                  fused=dist.device.type in ("cuda", "cpu"))}
         self.rates = {"adamw": 1.0, "muon": constants["muon_rate"]}  # factors of the learning rate
-        if matrices:
+        if constants["optimizer"] == "muon":
             self.parts["muon"] = Muon(matrices, dist.dtype, weight_decay=decay)
 
     def step(self, learning_rate):

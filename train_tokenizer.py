@@ -37,7 +37,7 @@ downsample = 32  # f: side of one latent position, pixels
 latent_channels = 128  # c (Table 10: 256, Table 11: 32)
 encoder = "S"  # S, B, L or width/depth/heads such as 128/4/4
 decoder = "S"  # the same (Fig. 8)
-stc_depth = 6  # M: blocks before the compression layer; 0 = no such layer (as Table 6's M = 12; its M = 0: p = 16, too)
+stc_depth = 6  # M: blocks before the compression layer; 0 = none (Table 6's M = 12 and, with patch_size=16, its M = 0)
 compression = "conv"  # or "shuffle" (Table 8)
 
 # Objective
@@ -213,7 +213,7 @@ def main():
             runtime.save_checkpoint(path, state)
 
     for step in range(start, steps):  # empty if the run was stopped after its last step
-        if step and step % eval_every == 0:  # before the step: stopped here, a resumed run does it again
+        if step and step % eval_every == 0:  # before the step, so that a run stopped here does it again
             try:
                 progress.validated(data.validate(tcae, val, image_size, val_images, dist, picture))
             except runtime.Stopped:
@@ -246,7 +246,7 @@ def main():
                 rec = rec + lpips_weight * terms["lpips"]
             loss = alpha * rec
 
-            # Eq. 4: L_iBOT = L_[CLS] + L_MIM. The student predicts the teacher's distributions over the prototypes: that
+            # Eq. 4: L_iBOT = L_[CLS] + L_MIM. The student predicts the teacher's distributions over prototypes: that
             # of [CLS] in each global crop from every *other* crop, and those of hidden tokens from the masked crop
             # (L_MIM is 0 for DINO, which masks nothing). Gradients reach the encoder and the heads only.
             if self_supervised:

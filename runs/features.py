@@ -39,7 +39,7 @@ epochs = 14
 batch_size = 500
 optimizer = "muon"  # for kernels, and AdamW for the rest, at a third of the rate; or "sgd", with Nesterov momentum
 learning_rate = 0.012  # at its peak, after a fifth of the run
-weight_decay = 0.02
+weight_decay = 0.02  # with Muon, of kernels alone
 label_smoothing = 0.2
 augmented = True  # False: images are neither moved nor mirrored
 seed = 1000  # the VGG takes the next one
@@ -103,7 +103,7 @@ class VGG(nn.Module):
 
 
 class Judge(nn.Module):
-    """A network as a `feature_net`: uint8 (B, H, W, 3) -> features, logits, means over each image and its mirror image."""
+    """A network as a `feature_net`: uint8 (B, H, W, 3) -> features, logits, each averaged with its mirror image's."""
 
     def __init__(self, net):
         super().__init__()
@@ -159,8 +159,10 @@ def accuracy(net, pixels, labels, dist):
 def main():
     runtime.configure(globals())
     check(network in ("resnet", "vgg"), f"network={network!r}: it is resnet or vgg")
+    smallest = 3 if network == "resnet" else 2
     check(optimizer in ("muon", "sgd"), f"optimizer={optimizer!r}: it is muon or sgd")
-    check(image_size % 8 == 0 and image_size >= 24, f"image_size={image_size} must be a multiple of 8, at least 24")
+    check(image_size % 8 == 0 and image_size >= 8 * smallest,
+          f"image_size={image_size} must be a multiple of 8, at least {8 * smallest}")
     path = out or f"out/{Path(data_dir).name}_{network}.pt2"
     check(not os.path.exists(path), f"out={path} is there already: remove it, or give another name")
     dist = runtime.Distributed(device, dtype, seed, saves=False)
@@ -204,7 +206,8 @@ def main():
     print(f"{network} knows {accuracy(net, held_out, held_out_labels, dist):.2%} of {len(held_out)} held-out "
           f"{'reconstructions' if tokenizer else 'images'}")
     net = net.cpu().to(memory_format=torch.contiguous_format).requires_grad_(False)
-    batch, h, w = torch.export.Dim("batch", min=1), torch.export.Dim("h", min=3), torch.export.Dim("w", min=3)
+    batch = torch.export.Dim("batch", min=1)
+    h, w = torch.export.Dim("h", min=smallest), torch.export.Dim("w", min=smallest)
     if network == "resnet":
         exported, example = Judge(net), torch.zeros(2, image_size, image_size, 3, dtype=torch.uint8)
         sizes = {0: batch, 1: 8 * h, 2: 8 * w}

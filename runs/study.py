@@ -232,8 +232,8 @@ def main():
         common_dtype = finished[0]["dtype"] if finished and dtype == "auto" else dtype
         common_dtype = str(runtime.Distributed(dtype=common_dtype, saves=False).dtype).removeprefix("torch.")
         waiting, running = [f"{row}:{seed}" for seed in seeds for row in chosen if not is_finished(row, seed)], []
-        check(not waiting or os.path.isfile(feature_net), f"feature_net={feature_net}: there is no such file. First run "
-              f"python runs/features.py --data_dir={data_dir} --out={feature_net}")
+        check(not waiting or os.path.isfile(feature_net), f"feature_net={feature_net}: there is no such file. First "
+              f"run python runs/features.py --data_dir={data_dir} --out={feature_net}")
         failed = 0
         while waiting or running:
             while waiting and len(running) < jobs:

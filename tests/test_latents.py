@@ -40,7 +40,7 @@ def pca(tmp_path, monkeypatch):
     """The example, on few images, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "runs/tokenizers/pca.py").read_text()
-    few = text.replace("images = 4000", "images = 100").replace("18000", "64")
+    few = text.replace("images = 4000", "images = 100").replace("20800", "64")
     assert few.count("100") == 1 and few.count("64") == 1
     (tmp_path / "few.py").write_text(few)
     return "few.py"
