@@ -89,6 +89,10 @@ def test_pca_goes_through_all_stages(pca, tmp_path, monkeypatch):
     first, again = (runtime.load_checkpoint(tmp_path / name / "checkpoint.pt", "") for name in ("dit", "again"))
     assert all(torch.equal(first["ema"][name], again["ema"][name]) for name in first["ema"])
     assert torch.equal(again["latent_std"], tcae.latent_std)
+    (tmp_path / "dit/latents.cache.statistics").unlink()  # a resumed run has them in its checkpoint
+    torch.save({**first, "finished": False}, tmp_path / "stopped.pt")
+    (tmp_path / "stopped.pt").replace(tmp_path / "dit/checkpoint.pt")
+    run_here(train_dit, **GENERATOR, tokenizer=pca, out_dir=tmp_path / "dit", resume=True)
 
 
 def test_a_cache_and_a_generator_belong_to_one_tokenizer_s_weights(pca, tmp_path):
