@@ -65,6 +65,7 @@ class ResNet(nn.Module):
         self.head = nn.Linear(4 * w, classes)
 
     def fit_whitening(self, images):
+        """Sets the first layer so that patches of these images, (N, 3, H, W), leave it nearly uncorrelated."""
         patches = F.unfold(images, 2).transpose(1, 2).flatten(0, 1)  # (N (H - 1) (W - 1), 12)
         variances, directions = torch.linalg.eigh(patches.T.cov())
         filters = (directions / (variances + 5e-4).sqrt()).T.view(12, 3, 2, 2)
@@ -159,8 +160,8 @@ def accuracy(net, pixels, labels, dist):
 def main():
     runtime.configure(globals())
     check(network in ("resnet", "vgg"), f"network={network!r}: it is resnet or vgg")
-    smallest = 3 if network == "resnet" else 2
     check(optimizer in ("muon", "sgd"), f"optimizer={optimizer!r}: it is muon or sgd")
+    smallest = 3 if network == "resnet" else 2  # sides, in units of 8 px or, VGG, of 4
     check(image_size % 8 == 0 and image_size >= 8 * smallest,
           f"image_size={image_size} must be a multiple of 8, at least {8 * smallest}")
     path = out or f"out/{Path(data_dir).name}_{network}.pt2"
