@@ -9,3 +9,4 @@ optimizer = "sgd"
 learning_rate = 0.2
 weight_decay = 5e-4
 label_smoothing = 0.1
+shift = 4

@@ -3,3 +3,4 @@ data_dir = "shapes"
 width = 16
 epochs = 4
 batch_size = 128
+shift = 4
