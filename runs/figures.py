@@ -1,6 +1,7 @@
 """The pictures in docs/: how an image flows through TC-AE, what runs/study.py and tables.py found. Needs matplotlib.
 
     python runs/figures.py --only=flow          # the encoder's token counts, drawn
+    python runs/figures.py --only=table2        # Table 2 in the paper and in three settings here
     python runs/figures.py --only=study         # seams, reconstructions, and samples by the generator's steps
     python runs/figures.py --only=study --results=docs/study_wide_vgg    # the same of another setting
     python runs/figures.py --only=reconstructions,colours    # from out/study: images, and tokens as colours
@@ -21,6 +22,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.ticker import LogLocator
 
 import data
 import runtime
@@ -30,7 +32,7 @@ from model import TCAE
 from runtime import check
 from shapes import Shapes
 
-only = "flow,study"  # one or several of flow, study, reconstructions, colours, figure6
+only = "flow,table2,study"  # one or several of flow, table2, study, reconstructions, colours, figure6
 results = "docs/study"  # out_dir of runs/study.py
 study_dir = "out/study"  # with its tokenizers, for reconstructions and colours
 tables_dir = "out/tables-imagenet"  # out_dir of runs/tables.py, for figure6
@@ -42,6 +44,8 @@ TABLE_2 = {"p4-none": "one\nbottleneck", "p4-stc-none": "staged", "p4": "bottlen
            "p4-stc": "staged\n+ iBOT"}
 RECONSTRUCTED = {"p4-none": "one bottleneck", "p4-stc-none": "staged"}
 INK, GREY, BLUE, ORANGE, GREEN = "#222222", "#8a8a8a", "#2b6cb0", "#dd6b20", "#2f855a"
+SETTINGS = {"docs/study": ("32 channels", GREY), "docs/study_wide_vgg_judge": ("96 channels, small", BLUE),
+            "docs/study_large_judge": ("96 channels, large", GREEN)}
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "text.color": INK,
                      "axes.labelcolor": INK, "font.family": "DejaVu Sans"})
 
@@ -125,6 +129,8 @@ def flow():
     axes.add_patch(FancyBboxPatch((74, 8.9), 21.5, 1.6, boxstyle="round,pad=0.4", fc="none", ec=GREEN))
     axes.text(84.75, 9.6, "LightningDiT: noise, class → z", fontsize=7.5, ha="center", va="center", color=GREEN)
     axes.annotate("", (turn, 9.7), (96, 9.7), arrowprops=dict(arrowstyle="-|>", color=GREEN, lw=1.2))
+    axes.text(106, bottom - 2, "sizes of the paper's run: p = 8, M = 6, f = 32, c = 128", fontsize=7.5, va="top",
+              ha="right", color=GREY)
     for y, name in (top + side + 5, "encoder"), (bottom + small + 1.5, "decoder"):
         axes.text(0, y, name, fontsize=9, weight="bold")
     save(figure, "flow.png")
@@ -138,6 +144,7 @@ def study_figure():
     """NAME.png, where `results` is docs/NAME: how much neighbouring pixels of samples differ, where the border of latent
     positions shows as a peak; how good reconstructions are, a dot for each seed; and how samples improve with the
     generator's steps (Figure 6), measured against the test images and against the tokenizer's own reconstructions."""
+    study.out_dir = results
     seeds, last = study.seeds_found(), study.LAST_STEP
     figure, ((profile, dots), curves) = plt.subplots(2, 2, figsize=(8, 5.6))
     for row, colour in ("p4-none", GREY), ("p4-stc-none", BLUE):
@@ -177,12 +184,39 @@ def study_figure():
         axes.set_title(title, fontsize=10)
         axes.set(xscale="log", yscale="log", xlabel="the generator's steps")
         axes.set_xticks([*study.EARLY, last], [f"{step:,}" for step in (*study.EARLY, last)])
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 6, 8)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
-    curves[0].set_yticks([2, 3, 4, 6, 8], [2, 3, 4, 6, 8])
-    curves[1].set_yticks([0.3, 0.5, 1, 2, 4], [0.3, 0.5, 1, 2, 4])
     curves[1].legend(fontsize=8.5, frameon=False)
     figure.tight_layout()
     save(figure, f"{Path(results).name}.png")
+
+
+def table2():
+    """table2.png: distances of Table 2's four rows, each divided by that of one bottleneck: the paper's gFID, and gFD
+    and the generator's own error in our SETTINGS, a dot for each seed that has all four."""
+    _, metrics, rows = tables.TABLES["2"]
+    gfid = [numbers[metrics.index("gFID")] for numbers in rows.values()]  # in TABLE_2's order
+    figure, panels = plt.subplots(1, 2, figsize=(8.6, 2.9), sharey=True)
+    panels[0].plot(range(4), [value / gfid[0] for value in gfid], "_", color=INK, ms=24, mew=2,
+                   label="the paper, ImageNet")
+    for k, (folder, (name, colour)) in enumerate(SETTINGS.items()):
+        study.out_dir = folder
+        for axes, column in zip(panels, ("gFD", "own error")):
+            found = [[study.measured(row, seed, column) for row in TABLE_2] for seed in study.seeds_found()]
+            ratios = [value / values[0] for values in found if None not in values for value in values]
+            places = [row + 0.17 * (k - 1) for row in range(4)]
+            axes.plot(places * (len(ratios) // 4), ratios, "o", ms=5, color=colour, alpha=0.8, label=name)
+    titles = "samples to test images (gFID; ours: gFD)", "samples to reconstructions (own error)"
+    for axes, title in zip(panels, titles):
+        axes.axhline(1, color=GREY, lw=0.8, zorder=0)
+        axes.set_title(title, fontsize=9.5)
+        axes.set_xticks(range(4), TABLE_2.values(), fontsize=8.5)
+        axes.set(xlim=(-0.5, 3.5), ylim=(0, None))
+    panels[0].set_ylabel("divided by one bottleneck's ↓")
+    panels[0].legend(fontsize=8, frameon=False, loc="lower left")
+    figure.tight_layout()
+    save(figure, "table2.png")
 
 
 def study_tokenizers(rows):
@@ -273,14 +307,13 @@ def figure6():
     save(figure, "figure6.png")
 
 
-FIGURES = {"flow": flow, "study": study_figure, "reconstructions": reconstructions, "colours": colours,
-           "figure6": figure6}
+FIGURES = {"flow": flow, "table2": table2, "study": study_figure, "reconstructions": reconstructions,
+           "colours": colours, "figure6": figure6}
 
 
 def main():
     runtime.configure(globals())
     os.chdir(ROOT)
-    study.out_dir = results
     chosen = only.split(",")
     for name in chosen:
         check(name in FIGURES, f"only: {name!r} is none of {', '.join(FIGURES)}")

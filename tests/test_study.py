@@ -207,8 +207,24 @@ def test_the_table_and_the_pictures(tmp_path, monkeypatch, capsys):
     assert "| p4-stc-none | 23.50 / 23.70 |" in out
     assert "32.92 < 44.72 | 7.00 and 9.00 | holds (one seed) |" in out
     run_here(figures, out_dir=tmp_path)
-    for name in "flow.png", "study.png":
+    for name in "flow.png", "table2.png", "study.png":
         assert np.asarray(Image.open(tmp_path / name)).std() > 1
+
+
+def test_the_picture_of_table_2(tmp_path, monkeypatch):
+    """Distances divided by one bottleneck's, of each seed that has all four rows; the paper's in the same order."""
+    figures, drawn = importlib.import_module("figures"), []
+    monkeypatch.setattr(figures, "save", lambda figure, name: drawn.extend(figure.axes))
+    monkeypatch.setattr(figures, "SETTINGS", {str(tmp_path): ("ours", "red")})
+    for row, gfd in ("p4-none", 8.0), ("p4-stc-none", 6.0), ("p4", 4.0), ("p4-stc", 2.0):
+        for seed in (0, 1) if row == "p4-none" else (0,):
+            (tmp_path / f"{row}-seed{seed}").mkdir()
+            (tmp_path / f"{row}-seed{seed}/samples.json").write_text(json.dumps({"gFD (a.pt2)": gfd}))
+            (tmp_path / f"{row}-seed{seed}/generator.json").write_text(json.dumps({"gFD (a.pt2)": gfd / 2 + 1}))
+    run_here(figures, only="table2")
+    gfid, own = ({line.get_label(): list(line.get_ydata()) for line in axes.lines} for axes in drawn)
+    assert gfid["ours"] == [1, 0.75, 0.5, 0.25] and own["ours"] == [1, 0.8, 0.6, 0.4]
+    np.testing.assert_allclose(gfid["the paper, ImageNet"], np.array([44.72, 32.92, 25.36, 16.39]) / 44.72)
 
 
 def test_pictures_of_the_tokenizers(folder, tmp_path, capsys):
