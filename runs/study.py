@@ -15,8 +15,8 @@ each with an out_dir of its own:
     docs/study_wide        --tokenizer_config=config/study_wide_tokenizer.py: the same with 96 channels
     docs/study_wide_vgg    --tokenizer_config=config/study_wide_vgg_tokenizer.py: and with the perceptual loss
     docs/study_large       --tokenizer_config=config/study_large_tokenizer.py: twice as wide, longer, α = 1; for a GPU
-    docs/study_wide_vgg_judge, docs/study_large_judge    their samples, measured by today's runs/features.py; all others
-                           by an earlier, smaller judge
+    docs/study_wide_vgg_judge, docs/study_large_judge    the same cells by today's runs/features.py: for distances alone,
+                           since the probes were fitted on 1,000 images; all other folders have an earlier judge's
 
 The wide ones have wider generators, too, --dit_config=config/study_wide_dit.py; the last, config/study_large_dit.py.
 """
