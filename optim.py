@@ -5,6 +5,7 @@
     cosine, update_ema   the schedule of learning rate and teacher momentum; moving averages of weights
 """
 import math
+from collections import defaultdict
 
 import torch
 
@@ -71,29 +72,36 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            of_shape = defaultdict(list)  # the weights of each shape, whose updates are multiplied together: faster
             for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if not self.state[p]:
-                    self.state[p]["mean"] = torch.zeros_like(p)
-                mean = self.state[p]["mean"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(mean, group["momentum"]).to(self.dtype)  # Nesterov momentum
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                update = orthogonal(update.flatten(1))
-                p.add_(update.view_as(p), alpha=-group["lr"] * 0.2 * max(update.shape) ** 0.5)
+                if p.grad is not None:
+                    of_shape[p.shape].append(p)
+            for shape, params in of_shape.items():
+                updates = []
+                for p in params:
+                    if not self.state[p]:
+                        self.state[p]["mean"] = torch.zeros_like(p)
+                    mean = self.state[p]["mean"].lerp_(p.grad, 1 - group["momentum"])
+                    updates.append(p.grad.lerp(mean, group["momentum"]).to(self.dtype).flatten(1))  # Nesterov momentum
+                updates = orthogonal(torch.stack(updates))
+                scale = 0.2 * max(updates.shape[1:]) ** 0.5
+                for p, update in zip(params, updates):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update.reshape(shape), alpha=-group["lr"] * scale)
 
 
-def orthogonal(matrix, steps=5):
-    """U S Vᵀ -> about U Vᵀ, by Newton-Schulz iteration: each step applies the polynomial a x + b x³ + c x⁵ to every
-    singular value x, which end between 0.7 and 1.2. Jordan's coefficients are steep at 0, so that small ones grow fast.
-    """
+def orthogonal(matrices, steps=5):
+    """A stack (B, m, n) of U S Vᵀ -> about U Vᵀ, by Newton-Schulz iteration: each step applies the polynomial a x +
+    b x³ + c x⁵ to every singular value x, which end between 0.7 and 1.2. Jordan's coefficients are steep at 0, so that
+    small ones grow fast."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix  # so that x xᵀ is the smaller of two products
-    x = x / x.norm().clamp(min=1e-7)
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices  # so that x xᵀ is the smaller of two products
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if matrix.shape[0] > matrix.shape[1] else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 def cosine(step, steps, base, final, warmup=0):

@@ -62,7 +62,7 @@ def test_orthogonal(shape):
     """Directions of very different lengths come out about equally long, and stay the same directions."""
     rng = np.random.default_rng(0)
     u, _, vt = np.linalg.svd(rng.standard_normal(shape), full_matrices=False)
-    x = optim.orthogonal(torch.tensor(u * np.geomspace(0.02, 1, 8) @ vt)).numpy()
+    x = optim.orthogonal(torch.tensor(u * np.geomspace(0.02, 1, 8) @ vt)[None])[0].numpy()
     lengths = np.diag(u.T @ x @ vt.T)
     assert 0.65 < lengths.min() and lengths.max() < 1.25
     assert np.abs(u.T @ x @ vt.T - np.diag(lengths)).max() < 1e-6
@@ -72,12 +72,12 @@ def test_orthogonal(shape):
 def test_muon_is_torch_s():
     """In bfloat16, the only type that PyTorch's has, bit for bit; a weight without a gradient stays as it is."""
     torch.manual_seed(0)
-    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((48, 16), (16, 48), (32, 32), (4, 4))]
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((48, 16), (16, 48), (48, 16), (32, 32), (4, 4))]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     muon = optim.Muon(ours, torch.bfloat16, lr=0.01, weight_decay=0.1)
     other = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
-        for p, q in zip(ours[:3], theirs):
+        for p, q in zip(ours[:4], theirs):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
         muon.step(), other.step()
