@@ -124,19 +124,19 @@ def block_mask(height, width, ratio, rng):
     """
     mask, wanted = np.zeros((height, width), bool), ratio * height * width
     smallest = (min(height, width) // 3) ** 2
-    failures = 0
-    while mask.sum() < wanted and failures < 10:
-        left_to_hide = wanted - mask.sum()
-        low, high = sorted((smallest, left_to_hide))
-        area = rng.uniform(low, high)
-        aspect = np.exp(rng.uniform(np.log(0.3), np.log(1 / 0.3)))
-        h, w = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
+    hidden = failures = 0
+    while hidden < wanted and failures < 10:
+        area = rng.uniform(*sorted((smallest, wanted - hidden)))
+        aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         failures += 1  # unless this block fits
         if 0 < h < height and 0 < w < width:
             top, left = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
             block = mask[top:top + h, left:left + w]
-            if 0 < block.size - block.sum() <= left_to_hide:
+            more = block.size - np.count_nonzero(block)
+            if 0 < more <= wanted - hidden:
                 block[:] = True
+                hidden += more
                 failures = 0
     return mask
 
