@@ -3,12 +3,12 @@
 tokenizer = "out/cifar10_tokenizer/checkpoint.pt"
 out_dir = "out/cifar10_dit"
 workers = 1
-size = "128/6/4"
-epochs = 10
+size = "192/6/6"
+epochs = 30
 batch_size = 128
 optimizer = "muon"
 learning_rate = 2e-3
-decay_epoch = 5.0
+decay_epoch = 15.0
 warmup_steps = 200
 ema_momentum = 0.999
 save_every = 1000
