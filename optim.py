@@ -72,7 +72,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            of_shape = defaultdict(list)  # the weights of each shape, whose updates are multiplied together: faster
+            of_shape = defaultdict(list)  # weights of one shape share a batched product, which is faster
             for p in group["params"]:
                 if p.grad is not None:
                     of_shape[p.shape].append(p)
@@ -91,9 +91,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices, steps=5):
-    """A stack (B, m, n) of U S Vᵀ -> about U Vᵀ, by Newton-Schulz iteration: each step applies the polynomial a x +
-    b x³ + c x⁵ to every singular value x, which end between 0.7 and 1.2. Jordan's coefficients are steep at 0, so that
-    small ones grow fast."""
+    """A stack (B, m, n) of U S Vᵀ -> about U Vᵀ, by Newton-Schulz iteration. Each step applies a polynomial,
+    a x + b x³ + c x⁵, to every singular value x; they end between 0.7 and 1.2. Jordan's coefficients are steep at 0,
+    so that small ones grow fast."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices  # so that x xᵀ is the smaller of two products

@@ -72,7 +72,7 @@ def test_orthogonal(shape):
 def test_muon_is_torch_s():
     """In bfloat16, the only type that PyTorch's has, bit for bit; a weight without a gradient stays as it is."""
     torch.manual_seed(0)
-    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((48, 16), (16, 48), (48, 16), (32, 32), (4, 4))]
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in ((48, 16), (16, 48), (48, 16), (32, 32), (48, 16))]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     muon = optim.Muon(ours, torch.bfloat16, lr=0.01, weight_decay=0.1)
     other = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
