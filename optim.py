@@ -83,7 +83,7 @@ class Muon(torch.optim.Optimizer):
                         self.state[p]["mean"] = torch.zeros_like(p)
                     mean = self.state[p]["mean"].lerp_(p.grad, 1 - group["momentum"])
                     updates.append(p.grad.lerp(mean, group["momentum"]).to(self.dtype).flatten(1))  # Nesterov momentum
-                updates = orthogonal(torch.stack(updates))
+                updates = orthogonal(torch.stack(updates))  # (B, rows, columns)
                 scale = 0.2 * max(updates.shape[1:]) ** 0.5
                 for p, update in zip(params, updates):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
